@@ -1,0 +1,183 @@
+"""The mathematics of latent consistency distillation: pure functions on tensors, all in float32.
+
+    noise schedule    NoiseSchedule           z_t = sqrt(ab_t) z + sqrt(1 - ab_t) noise
+    DDIM solver       DDIMSolver              z_s -> z_t along the teacher's probability-flow ODE
+    consistency       consistency_function    f(z_t, t) = c_skip(t) z_t + c_out(t) x0_hat
+    losses            huber
+    samplers          sample_lcm, sample_ddim
+
+Guidance w is the LCM paper's: out = cond + w (cond - uncond); diffusers' `guidance_scale` is w + 1.
+Sources: LCM (arXiv 2310.04378), RG-LCD (arXiv 2403.11027), DDIM (arXiv 2010.02502).
+"""
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from weights import InputError
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    prediction_type: str = "epsilon"  # or "v_prediction" (2.1-768)
+
+    @classmethod
+    def from_pretrained(cls, path):
+        """Read path/scheduler/scheduler_config.json of a model folder; SD2.1-base's values if there is none."""
+        file = Path(path) / "scheduler" / "scheduler_config.json"
+        if not file.is_file():
+            return cls()
+        raw = json.loads(file.read_text())
+        if raw.get("beta_schedule", "scaled_linear") != "scaled_linear":
+            raise InputError(f"{file}: beta_schedule {raw['beta_schedule']!r}; expected scaled_linear, as in every SD1 and SD2 file")
+        if raw.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
+            raise InputError(f"{file}: prediction_type {raw['prediction_type']!r}; expected epsilon or v_prediction")
+        return cls(**{k: raw[k] for k in cls.__dataclass_fields__ if k in raw})
+
+
+class NoiseSchedule:
+    """alphas_cumprod [T] of the scaled-linear schedule, and the conversions that it defines. timesteps: [B] integers in
+    0..T-1; latents, noise and network outputs: [B,4,h,w] of any dtype; results are float32."""
+
+    def __init__(self, config=ScheduleConfig(), device=None):
+        if config.prediction_type not in ("epsilon", "v_prediction"):
+            raise InputError(f"prediction_type {config.prediction_type!r}; expected epsilon or v_prediction")
+        self.config = config
+        betas = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, config.num_train_timesteps, dtype=torch.float32) ** 2
+        self.alphas_cumprod = torch.cumprod(1 - betas, dim=0).to(device)
+
+    def __len__(self):
+        return len(self.alphas_cumprod)
+
+    def alpha_sigma(self, timesteps):
+        """-> sqrt(ab_t), sqrt(1 - ab_t), each [B,1,1,1]."""
+        ab = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        return ab.sqrt(), (1 - ab).sqrt()
+
+    def add_noise(self, latents, noise, timesteps):
+        alpha, sigma = self.alpha_sigma(timesteps)
+        return alpha * latents.float() + sigma * noise.float()
+
+    def to_x0(self, output, noisy, timesteps):
+        """The network's output (epsilon or v) at `noisy` -> its estimate of the clean latents."""
+        alpha, sigma = self.alpha_sigma(timesteps)
+        if self.config.prediction_type == "v_prediction":
+            return alpha * noisy.float() - sigma * output.float()
+        return (noisy.float() - sigma * output.float()) / alpha
+
+    def to_eps(self, output, noisy, timesteps):
+        """The network's output (epsilon or v) at `noisy` -> its estimate of the noise."""
+        if self.config.prediction_type == "v_prediction":
+            alpha, sigma = self.alpha_sigma(timesteps)
+            return alpha * output.float() + sigma * noisy.float()
+        return output.float()
+
+
+class DDIMSolver:
+    """The grid t_i = (i+1) T/N - 1, i = 0..N-1, and the DDIM step (eta = 0) between any two timesteps."""
+
+    def __init__(self, schedule, steps=50):
+        if not 1 <= steps <= len(schedule) or len(schedule) % steps:
+            raise InputError(f"a DDIM grid of {steps} steps; expected a divisor of the {len(schedule)} training timesteps, such as 50")
+        self.schedule, self.skip = schedule, len(schedule) // steps
+        self.timesteps = torch.arange(1, steps + 1, device=schedule.alphas_cumprod.device) * self.skip - 1
+
+    def step(self, x0, eps, t):
+        """x0, eps [B,4,h,w] and target timesteps t [B] -> z_t = sqrt(ab_t) x0 + sqrt(1 - ab_t) eps   (DDIM, eq. 12)."""
+        return self.schedule.add_noise(x0, eps, t)
+
+    @torch.no_grad()
+    def solve(self, teacher, z_s, s, context, uncond_context, w, substeps=1):
+        """Walk the teacher's ODE from s down to t = max(s - skip, 0), with classifier-free guidance in every one of `substeps`
+        equal sub-steps: the psi of LCM, eq. 13. w: [B]. -> z_t, t"""
+        z, now = z_s, s
+        target = (s - self.skip).clamp(min=0)
+        for i in range(1, substeps + 1):
+            following = target if i == substeps else s + ((target - s) * i).div(substeps, rounding_mode="floor")
+            output = guided(teacher, z, now, context, uncond_context, w)
+            z = self.step(self.schedule.to_x0(output, z, now), self.schedule.to_eps(output, z, now), following)
+            now = following
+        return z, target
+
+
+def guided(teacher, z, t, context, uncond_context, w):
+    """(1 + w) teacher(z, c, t) - w teacher(z, "", t), both halves in one batch of 2B. w: a number or [B]."""
+    both = teacher(torch.cat([z, z]), torch.cat([t, t]), torch.cat([context, uncond_context.expand_as(context)]))
+    cond, uncond = both.float().chunk(2)
+    w = torch.as_tensor(w, dtype=torch.float32, device=z.device).view(-1, 1, 1, 1)
+    return cond + w * (cond - uncond)
+
+
+def boundary_scalings(t, sigma_data=0.5, timestep_scaling=10.0):
+    """timesteps [B] -> c_skip, c_out [B,1,1,1], with c_skip(0) = 1 and c_out(0) = 0 (LCM, appendix; consistency models, eq. 5)."""
+    scaled = timestep_scaling * t.float().view(-1, 1, 1, 1)
+    c_skip = sigma_data**2 / (scaled**2 + sigma_data**2)
+    c_out = scaled / (scaled**2 + sigma_data**2).sqrt()
+    return c_skip, c_out
+
+
+def guidance_embedding(w, dim=256):
+    """w [B] -> [B, dim] float32: sin then cos of 1000 w at frequencies 10000^(-j / (dim/2 - 1))."""
+    half = dim // 2
+    frequencies = torch.exp(-math.log(10000) / (half - 1) * torch.arange(half, device=w.device, dtype=torch.float32))
+    angles = 1000 * w.float()[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def consistency_function(unet, schedule, z, t, context, w):
+    """f(z, w, c, t) = c_skip(t) z + c_out(t) x0_hat, [B,4,h,w] float32 (LCM, eq. 9). w: [B]."""
+    output = unet(z, t, context, guidance_embedding(w, unet.config.time_cond_proj_dim))
+    c_skip, c_out = boundary_scalings(t)
+    return c_skip * z.float() + c_out * schedule.to_x0(output, z, t)
+
+
+def huber(pred, target, c=0.001):
+    """Pseudo-Huber: mean of sqrt((pred - target)^2 + c^2) - c."""
+    return (torch.sqrt((pred.float() - target.float()) ** 2 + c**2) - c).mean()
+
+
+def lcm_timesteps(schedule, steps, grid=50):
+    """`steps` of the grid's points, evenly spaced from the top: 999, 499 for 2. As diffusers' LCMScheduler."""
+    if not 1 <= steps <= grid:
+        raise InputError(f"{steps} LCM steps; expected 1 to {grid}, the points of the grid the student was distilled on")
+    points = (np.arange(1, grid + 1) * (len(schedule) // grid) - 1)[::-1]
+    return points[np.floor(np.linspace(0, grid, num=steps, endpoint=False)).astype(int)].tolist()
+
+
+@torch.no_grad()
+def sample_lcm(unet, schedule, latents, context, w, steps, generator=None):
+    """Multi-step consistency sampling (LCM, algorithm 3). latents: unit normal [B,4,h,w]; w: a number or [B].
+    Re-noising draws torch.randn(latents.shape, generator=generator), one draw a step but the last. -> scaled latents, float32."""
+    batch, device = len(latents), latents.device
+    w = torch.as_tensor(w, dtype=torch.float32, device=device).expand(batch)
+    timesteps = lcm_timesteps(schedule, steps)
+    z = latents.float()
+    for i, t in enumerate(timesteps):
+        x0 = consistency_function(unet, schedule, z, torch.full((batch,), t, device=device), context, w)
+        if i + 1 == steps:
+            return x0
+        noise = torch.randn(latents.shape, generator=generator, device=generator.device if generator else device).to(device)
+        z = schedule.add_noise(x0, noise, torch.full((batch,), timesteps[i + 1], device=device))
+
+
+@torch.no_grad()
+def sample_ddim(unet, schedule, latents, context, uncond_context, w, steps):
+    """The teacher's sampler: DDIM, eta = 0, classifier-free guidance, on the timesteps of diffusers' DDIMScheduler with
+    SD2.1's settings (leading spacing, steps_offset 1: 981, 961, ..., 1 for 50). -> scaled latents, float32."""
+    if not 1 <= steps < len(schedule):
+        raise InputError(f"{steps} DDIM steps; expected 1 to {len(schedule) - 1}")
+    batch, device, skip = len(latents), latents.device, len(schedule) // steps
+    z = latents.float()
+    for t in reversed(range(1, steps * skip + 1, skip)):
+        now = torch.full((batch,), t, device=device)
+        output = guided(unet, z, now, context, uncond_context, w)
+        x0, eps = schedule.to_x0(output, z, now), schedule.to_eps(output, z, now)
+        # before the first grid point alpha-bar is alpha-bar[0] (set_alpha_to_one = false)
+        z = schedule.add_noise(x0, eps, (now - skip).clamp(min=0))
+    return z

@@ -1,0 +1,355 @@
+"""Remake the pocket: a small, real text-to-image stack in the Stable Diffusion folder layout, from two npm packages.
+
+    npm pack @lobehub/fluent-emoji-3d@1.1.0 emojibase-data@17.0.0
+    python pocket/build.py --packages . --stages all
+
+Stages, in this order, each resumable (the same command goes on where it stopped) and each printing what it reached:
+
+    data       3,373 captioned 64x64 pictures -> data/train-000.tar, data/heldout-000.tar (webdataset)
+    tokenizer  the CLIP BPE cut to 4,096 entries
+    vae        64x64x3 <-> 16x16x4
+    judge      CLIP with a ResNet image tower; scores the results, takes part in no training
+    reward     CLIP with a ViT image tower; the reward model
+    teacher    text encoder (first trained against latents) + UNet
+    student    the shipped 2-step student (train.py, longer than its default), and results.json
+
+Nothing in any stage sees the held-out pictures or their captions before they are scored.
+"""
+import argparse
+import collections
+import functools
+import gzip
+import io
+import json
+import math
+import random
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+POCKET = Path(__file__).resolve().parent
+sys.path.insert(0, str(POCKET.parent))
+
+SIZE = 64
+HELD_OUT = 256  # of 3,373: as many as the retrieval among 256 prompts needs
+VOCABULARY = 4096
+
+
+# ---------------------------------------------------------------- data
+
+def stage_data(args):
+    with tarfile.open(next(args.packages.glob("emojibase-data-*.tgz"))) as tar:
+        entries = json.load(tar.extractfile("package/en/data.json"))
+    labels = {}
+    for entry in entries:
+        for emoji in [entry, *entry.get("skins", [])]:
+            labels[emoji["hexcode"].lower()] = (emoji["label"], entry.get("tags", []))
+    frequency = collections.Counter(tag for entry in entries for tag in entry.get("tags", []))
+
+    samples = []
+    with tarfile.open(next(args.packages.glob("lobehub-fluent-emoji-3d-*.tgz"))) as tar:
+        for member in tar:
+            code = Path(member.name).stem
+            # emojibase leaves out the variation selector where it is optional
+            known = next((c for c in (code, code.replace("-fe0f", "")) if c in labels), None)
+            if not member.name.endswith(".webp") or known is None:
+                continue
+            label, tags = labels[known]
+            tags = sorted((t for t in tags if t not in label.lower()), key=lambda t: (-frequency[t], t))[:3]
+            picture = Image.open(io.BytesIO(tar.extractfile(member).read())).convert("RGBA")
+            white = Image.new("RGBA", picture.size, "white")
+            picture = Image.alpha_composite(white, picture).convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+            samples.append((code, picture, label, tags))
+    samples.sort(key=lambda s: s[0])
+    random.Random(0).shuffle(samples)
+    (POCKET / "data").mkdir(exist_ok=True)
+    for name, part in (("heldout", samples[:HELD_OUT]), ("train", samples[HELD_OUT:])):
+        with tarfile.open(POCKET / f"data/{name}-000.tar", "w") as tar:
+            for code, picture, label, tags in part:
+                image = io.BytesIO()
+                picture.save(image, "WEBP", lossless=True, quality=100, method=4)
+                caption = ", ".join([label.replace(", ", " and "), *tags])  # the first comma ends the label
+                for suffix, data in (("webp", image.getvalue()), ("txt", caption.encode())):
+                    info = tarfile.TarInfo(f"{code}.{suffix}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+        print(f"data: {name}: {len(part)} pictures")
+
+
+def read_split(name):
+    """-> uint8 images [N,3,64,64] and N captions of data/{name}-000.tar, in file order."""
+    images, captions = [], []
+    with tarfile.open(POCKET / f"data/{name}-000.tar") as tar:
+        for member in tar:
+            data = tar.extractfile(member).read()
+            if member.name.endswith(".webp"):
+                images.append(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+            else:
+                captions.append(data.decode())
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), captions
+
+
+def stage_tokenizer(args):
+    import open_clip
+    source = Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
+    merges = gzip.open(source).read().decode().split("\n")[1:VOCABULARY - 512 - 2 + 1]
+    from open_clip.tokenizer import bytes_to_unicode
+    letters = list(bytes_to_unicode().values())
+    tokens = letters + [c + "</w>" for c in letters] + ["".join(m.split()) for m in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    folder = POCKET / "tokenizer"
+    folder.mkdir(exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}, ensure_ascii=False))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "CLIPTokenizer", "model_max_length": 32, "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}, indent=2) + "\n")
+    from transformers import CLIPTokenizer
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    lengths = [len(ids) for ids in tokenizer(read_split("train")[1]).input_ids]
+    print(f"tokenizer: {len(tokens)} entries; captions take {np.mean(lengths):.1f} tokens on average, "
+          f"{sum(n > 32 for n in lengths)} of {len(lengths)} more than 32")
+
+
+# ---------------------------------------------------------------- training, shared by the stages
+
+def fit(name, args, modules, loss_of_step, steps, lr, ema=None, weight_decay=0.01, warmup=200, report=None):
+    """AdamW with warm-up and cosine decay over `steps`. `modules` is a dict name -> (module, lr factor). State goes to
+    args.work/{name}.pt every two minutes, so that the same command resumes. Ends with the EMA weights in the modules."""
+    file = args.work / f"{name}.pt"
+    groups = [{"params": list(m.parameters()), "factor": factor} for m, factor in modules.values()]
+    parameters = [p for g in groups for p in g["params"]]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+    average = [p.detach().clone() for p in parameters] if ema else None
+    first = 0
+    if file.exists():
+        state = torch.load(file, map_location=args.device)
+        for key, (module, _) in modules.items():
+            module.load_state_dict(state["modules"][key])
+        optimizer.load_state_dict(state["optimizer"])
+        average, first = state["average"], state["step"]
+        print(f"{name}: resumes at step {first}")
+
+    def save(step):
+        torch.save({"modules": {k: m.state_dict() for k, (m, _) in modules.items()}, "optimizer": optimizer.state_dict(),
+                    "average": average, "step": step}, file.with_suffix(".new"))
+        file.with_suffix(".new").rename(file)
+
+    losses, start, saved = [], time.time(), time.time()
+    for step in range(first, steps):
+        generator = torch.Generator().manual_seed(1_000_003 * step + 17)
+        rate = lr * min(1, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["factor"]
+        loss = loss_of_step(step, generator)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        if ema:
+            with torch.no_grad():
+                torch._foreach_lerp_(average, parameters, 1 - min(ema, (step + 1) / (step + 10)))
+        losses.append(loss.detach())
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            seconds = (time.time() - start) / (step + 1 - first)
+            print(f"{name}: step {step + 1}/{steps}  loss {torch.stack(losses).mean():.4f}  {seconds:.3f} s/step  "
+                  f"{seconds * (steps - step - 1) / 60:.1f} min left", flush=True)
+            losses.clear()
+        if report and (step + 1) % 1000 == 0:
+            report()
+        if time.time() - saved > 120:
+            save(step + 1)
+            saved = time.time()
+    save(steps)
+    if ema:
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, average)
+
+
+def augment(images, generator, shift=6, flip=False):
+    """uint8 [B,3,64,64] -> [-1,1], each picture moved by up to `shift` pixels on its white ground."""
+    padded = F.pad(images, (shift,) * 4, value=255)
+    moves = torch.randint(0, 2 * shift + 1, (len(images), 2), generator=generator).tolist()
+    out = torch.stack([p[:, y:y + SIZE, x:x + SIZE] for p, (y, x) in zip(padded, moves)]).float() / 127.5 - 1
+    if flip:
+        chosen = torch.rand(len(images), generator=generator) < 0.5
+        out[chosen] = out[chosen].flip(-1)
+    return out
+
+
+def warp(images, generator):
+    """uint8 [B,3,64,64] -> [-1,1]: small random scale, rotation, shift, contrast and brightness; white comes in at the edges."""
+    b = len(images)
+    uniform = lambda low, high: low + (high - low) * torch.rand(b, generator=generator)
+    scale, angle = uniform(0.85, 1.2), uniform(-0.2, 0.2)
+    cos, sin = angle.cos() * scale, angle.sin() * scale
+    theta = torch.stack([cos, -sin, uniform(-0.15, 0.15), sin, cos, uniform(-0.15, 0.15)], dim=1).view(b, 2, 3)
+    ink = 1 - images.float() / 255  # so that the zeros of the padding are white
+    ink = F.grid_sample(ink, F.affine_grid(theta, ink.shape, align_corners=False), align_corners=False)
+    ink = ink * uniform(0.8, 1.15).view(b, 1, 1, 1) + uniform(-0.05, 0.05).view(b, 1, 1, 1)
+    return (1 - 2 * ink).clamp(-1, 1)
+
+
+def vary(captions, rng):
+    """Captions as people type them: the label alone or with some of its tags, now and then with an article."""
+    out = []
+    for caption in captions:
+        label, *tags = caption.split(", ")
+        tags = rng.sample(tags, rng.randint(0, len(tags)))
+        out.append(("a " if rng.random() < 0.2 else "") + ", ".join([label, *tags]))
+    return out
+
+
+def draw(count, batch, generator):
+    return torch.randint(0, count, (batch,), generator=generator)
+
+
+# ---------------------------------------------------------------- vae
+
+def stage_vae(args):
+    from vae import VAE, VAEConfig
+    torch.manual_seed(0)
+    vae = VAE(VAEConfig(block_out_channels=(16, 32, 96), norm_num_groups=16, sample_size=SIZE))
+    vae.to(args.device, memory_format=torch.channels_last)
+    images = read_split("train")[0]
+
+    def loss_on(pictures, noise):
+        with torch.autocast(args.device, torch.bfloat16):
+            mean, std = vae.posterior(pictures)
+            out = vae.decode((mean + std * noise) * vae.config.scaling_factor).float()
+        kl = 0.5 * (mean.float() ** 2 + std.float() ** 2 - 1 - 2 * std.float().log()).mean()
+        # L1 at full and at half resolution: the coarse term keeps colours from greying while edges are still wrong
+        coarse = (F.avg_pool2d(out, 2) - F.avg_pool2d(pictures, 2)).abs().mean()
+        return (out - pictures).abs().mean() + coarse + 1e-5 * kl
+
+    compiled = torch.compile(loss_on)
+
+    def loss_of_step(step, generator):
+        pictures = augment(images[draw(len(images), args.vae_batch, generator)], generator, flip=True)
+        noise = torch.randn(args.vae_batch, 4, SIZE // 4, SIZE // 4, generator=generator)
+        return compiled(pictures.to(args.device, memory_format=torch.channels_last), noise.to(args.device))
+
+    fit("vae", args, {"vae": (vae, 1.0)}, loss_of_step, args.vae_steps, 2e-3, ema=0.999)
+    vae.eval()
+    whiten(vae, images, args)
+    held_out = read_split("heldout")[0].to(args.device).float() / 127.5 - 1
+    with torch.no_grad():
+        mean, std = vae.posterior(held_out)
+        out = vae.decode(mean * vae.config.scaling_factor).clamp(-1, 1)
+    psnr = 10 * torch.log10(4 / (out - held_out).square().mean(dim=(1, 2, 3))).mean()
+    print(f"vae: held-out PSNR {psnr:.2f} dB, posterior std {std.mean():.3f} (unscaled)")
+    vae.save_pretrained(POCKET / "vae", dtype=torch.float16)
+
+
+@torch.no_grad()
+def whiten(vae, images, args):
+    """Give the scaled latents zero mean and unit variance per channel, with SD's own scaling factor 0.18215, by folding
+    an affine map into the two 1x1 convolutions. The function image -> image stays the same."""
+    sums = torch.zeros(2, 4, dtype=torch.float64)
+    for chunk in images.split(256):
+        mean, _ = vae.posterior(chunk.to(args.device).float() / 127.5 - 1)
+        sums += torch.stack([mean.mean(dim=(0, 2, 3)), mean.square().mean(dim=(0, 2, 3))]).double().cpu() * len(chunk) / len(images)
+    shift = sums[0]
+    scale = 1 / (vae.config.scaling_factor * (sums[1] - shift ** 2).sqrt())  # new = (old - shift) * scale
+    shift, scale = shift.to(args.device).float(), scale.to(args.device).float()
+    quant, post = vae.quant_conv, vae.post_quant_conv
+    quant.bias[:4] = (quant.bias[:4] - shift) * scale
+    quant.weight[:4] *= scale[:, None, None, None]
+    quant.bias[4:] += 2 * scale.log()  # log variance
+    post.bias += (post.weight[:, :, 0, 0] * shift).sum(1)
+    post.weight /= scale[None, :, None, None]
+
+
+# ---------------------------------------------------------------- judge and reward
+
+TEXT_TOWER = {"context_length": 32, "vocab_size": VOCABULARY, "width": 192, "heads": 6, "layers": 3}
+CLIPS = {
+    "judge": {"embed_dim": 192, "vision_cfg": {"image_size": SIZE, "layers": [1, 1, 2, 1], "width": 24, "head_width": 48},
+              "text_cfg": TEXT_TOWER},
+    "reward": {"embed_dim": 192, "vision_cfg": {"image_size": SIZE, "layers": 5, "width": 192, "head_width": 32, "patch_size": 8},
+               "text_cfg": TEXT_TOWER},
+}
+
+
+def clip_loss(image, text, logit_scale):
+    """Symmetric cross-entropy over the batch; image, text: unit vectors [B,D]."""
+    logits = logit_scale.exp().clamp(max=100) * image.float() @ text.float().T
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def stage_clip(name, args):
+    from reward import PocketReward
+    from transformers import CLIPTokenizer
+    torch.manual_seed({"judge": 1, "reward": 2}[name])
+    model = PocketReward(CLIPS[name], CLIPTokenizer.from_pretrained(POCKET / "tokenizer")).to(args.device)
+    images, captions = read_split("train")
+
+    def loss_of_step(step, generator):
+        chosen = draw(len(images), args.clip_batch, generator).unique()
+        pictures = warp(images[chosen], generator).to(args.device)
+        ids = model.tokenize(vary([captions[i] for i in chosen], random.Random(step))).to(args.device)
+        if name == "reward":  # noise and blur, so that the score of a picture does not hang on its last bit
+            noise = 0.1 * torch.rand(len(pictures), 1, 1, 1, generator=generator) * torch.randn(pictures.shape, generator=generator)
+            pictures = pictures + noise.to(args.device)
+        with torch.autocast(args.device, torch.bfloat16):
+            image = model.clip.encode_image(pictures, normalize=True)
+            text = model.clip.encode_text(ids, normalize=True)
+        return clip_loss(image, text, model.clip.logit_scale)
+
+    fit(name, args, {"clip": (model.clip, 1.0)}, loss_of_step, args.clip_steps, 1e-3, ema=0.998, weight_decay=0.1)
+    if name == "judge":
+        settle_batch_norm(model.clip, images, args)
+    model.eval()
+    model.save_pretrained(POCKET / name, dtype=torch.float16)
+    images, captions = read_split("heldout")
+    with torch.no_grad():
+        image = model.image_features(images.to(args.device).float() / 255)
+        text = model.text_features(captions)
+    print(f"{name}: held-out score {(image * text).sum(1).mean():.3f}, image-to-text top-1 of {len(image)}: "
+          f"{((image @ text.T).argmax(1).cpu() == torch.arange(len(image))).float().mean():.1%}; "
+          f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
+
+
+@torch.no_grad()
+def settle_batch_norm(clip, images, args):
+    """The averaged weights need batch statistics of their own."""
+    norms = [m for m in clip.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative average
+    clip.train()
+    generator = torch.Generator().manual_seed(0)
+    for chunk in images.split(128):
+        clip.encode_image(warp(chunk, generator).to(args.device))
+
+
+STAGES = {"data": stage_data, "tokenizer": stage_tokenizer, "vae": stage_vae,
+          "judge": functools.partial(stage_clip, "judge"), "reward": functools.partial(stage_clip, "reward")}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", default="all", help="comma-separated, or all")
+    parser.add_argument("--packages", type=Path, default=Path("."), help="folder with the two .tgz of npm pack")
+    parser.add_argument("--work", type=Path, default=POCKET / "work", help="folder for the state of unfinished stages")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--vae-steps", type=int, default=4500)
+    parser.add_argument("--vae-batch", type=int, default=16)
+    parser.add_argument("--clip-steps", type=int, default=2500)
+    parser.add_argument("--clip-batch", type=int, default=128)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    for stage in STAGES if args.stages == "all" else args.stages.split(","):
+        start = time.time()
+        STAGES[stage](args)
+        print(f"{stage}: done in {(time.time() - start) / 60:.1f} min", flush=True)
+
+
+if __name__ == "__main__":
+    main()
