@@ -150,10 +150,18 @@ def lcm_timesteps(schedule, steps, grid=50):
     return points[np.floor(np.linspace(0, grid, num=steps, endpoint=False)).astype(int)].tolist()
 
 
+def draw_noise(shape, generator, device):
+    """Unit normal noise of `shape` from one generator (on its own device), None, or a list of shape[0] generators."""
+    if isinstance(generator, (list, tuple)):
+        return torch.cat([draw_noise((1, *shape[1:]), g, device) for g in generator])
+    return torch.randn(shape, generator=generator, device=generator.device if generator else device).to(device)
+
+
 @torch.no_grad()
 def sample_lcm(unet, schedule, latents, context, w, steps, generator=None):
     """Multi-step consistency sampling (LCM, algorithm 3). latents: unit normal [B,4,h,w]; w: a number or [B].
-    Re-noising draws torch.randn(latents.shape, generator=generator), one draw a step but the last. -> scaled latents, float32."""
+    Re-noising draws torch.randn(latents.shape, generator=generator), one draw a step but the last; a list of B generators
+    draws each row from its own, so that a picture does not depend on its batch. -> scaled latents, float32."""
     batch, device = len(latents), latents.device
     w = torch.as_tensor(w, dtype=torch.float32, device=device).expand(batch)
     timesteps = lcm_timesteps(schedule, steps)
@@ -162,7 +170,7 @@ def sample_lcm(unet, schedule, latents, context, w, steps, generator=None):
         x0 = consistency_function(unet, schedule, z, torch.full((batch,), t, device=device), context, w)
         if i + 1 == steps:
             return x0
-        noise = torch.randn(latents.shape, generator=generator, device=generator.device if generator else device).to(device)
+        noise = draw_noise(latents.shape, generator, device)
         z = schedule.add_noise(x0, noise, torch.full((batch,), timesteps[i + 1], device=device))
 
 

@@ -23,6 +23,7 @@ import io
 import json
 import math
 import random
+import subprocess
 import sys
 import tarfile
 import time
@@ -121,6 +122,7 @@ def stage_tokenizer(args):
 def fit(name, args, modules, loss_of_step, steps, lr, ema=None, weight_decay=0.01, warmup=200, report=None):
     """AdamW with warm-up and cosine decay over `steps`. `modules` is a dict name -> (module, lr factor). State goes to
     args.work/{name}.pt every two minutes, so that the same command resumes. Ends with the EMA weights in the modules."""
+    from cli import fast_attention
     file = args.work / f"{name}.pt"
     groups = [{"params": list(m.parameters()), "factor": factor} for m, factor in modules.values()]
     parameters = [p for g in groups for p in g["params"]]
@@ -146,16 +148,17 @@ def fit(name, args, modules, loss_of_step, steps, lr, ema=None, weight_decay=0.0
         rate = lr * min(1, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         for group in optimizer.param_groups:
             group["lr"] = rate * group["factor"]
-        loss = loss_of_step(step, generator)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        with fast_attention(args.device):
+            loss = loss_of_step(step, generator)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if ema:
             with torch.no_grad():
                 torch._foreach_lerp_(average, parameters, 1 - min(ema, (step + 1) / (step + 10)))
         losses.append(loss.detach())
-        if (step + 1) % 100 == 0 or step + 1 == steps:
+        if (step + 1) % 100 == 0 or step + 1 in (20, steps):
             seconds = (time.time() - start) / (step + 1 - first)
             print(f"{name}: step {step + 1}/{steps}  loss {torch.stack(losses).mean():.4f}  {seconds:.3f} s/step  "
                   f"{seconds * (steps - step - 1) / 60:.1f} min left", flush=True)
@@ -290,17 +293,20 @@ def stage_clip(name, args):
     model = PocketReward(CLIPS[name], CLIPTokenizer.from_pretrained(POCKET / "tokenizer")).to(args.device)
     images, captions = read_split("train")
 
+    def loss_on(pictures, ids):
+        with torch.autocast(args.device, torch.bfloat16):
+            image = model.clip.encode_image(pictures, normalize=True)
+            text = model.clip.encode_text(ids, normalize=True)
+        return clip_loss(image, text, model.clip.logit_scale)
+
     def loss_of_step(step, generator):
-        chosen = draw(len(images), args.clip_batch, generator).unique()
+        chosen = torch.randperm(len(images), generator=generator)[:args.clip_batch]
         pictures = warp(images[chosen], generator).to(args.device)
         ids = model.tokenize(vary([captions[i] for i in chosen], random.Random(step))).to(args.device)
         if name == "reward":  # noise and blur, so that the score of a picture does not hang on its last bit
             noise = 0.1 * torch.rand(len(pictures), 1, 1, 1, generator=generator) * torch.randn(pictures.shape, generator=generator)
             pictures = pictures + noise.to(args.device)
-        with torch.autocast(args.device, torch.bfloat16):
-            image = model.clip.encode_image(pictures, normalize=True)
-            text = model.clip.encode_text(ids, normalize=True)
-        return clip_loss(image, text, model.clip.logit_scale)
+        return loss_on(pictures, ids)
 
     fit(name, args, {"clip": (model.clip, 1.0)}, loss_of_step, args.clip_steps, 1e-3, ema=0.998, weight_decay=0.1)
     if name == "judge":
@@ -329,8 +335,115 @@ def settle_batch_norm(clip, images, args):
         clip.encode_image(warp(chunk, generator).to(args.device))
 
 
+# ---------------------------------------------------------------- teacher
+
+TEXT_ENCODER = {"vocab_size": VOCABULARY, "hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 4,
+                "num_attention_heads": 6, "max_position_embeddings": 32, "hidden_act": "gelu", "projection_dim": 192}
+UNET = {"sample_size": SIZE // 4, "block_out_channels": (64, 128, 192), "layers_per_block": 1, "cross_attention_dim": 192,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "attention_head_dim": (2, 4, 6)}
+
+
+@torch.no_grad()
+def encode_split(images, captions, args):
+    """Scaled latents of the training pictures and of their mirror images, [2N,4,16,16], with their captions. A picture
+    whose caption says left or right is not mirrored."""
+    from vae import VAE
+    vae = VAE.from_pretrained(POCKET, dtype=torch.float32, device=args.device)
+    sided = torch.tensor(["left" in c or "right" in c for c in captions])
+    images = torch.cat([images, torch.where(sided.view(-1, 1, 1, 1), images, images.flip(-1))])
+    means = [vae.posterior(part.to(args.device).float() / 127.5 - 1)[0] for part in images.split(256)]
+    return torch.cat(means) * vae.config.scaling_factor, captions * 2
+
+
+def stage_teacher(args):
+    from latent_rm import LatentRMConfig, LatentViT
+    from lcm_solver import NoiseSchedule
+    from text_encoder import TextEncoder
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from unet import UNet, UNetConfig
+    torch.manual_seed(3)
+    tokenizer = CLIPTokenizer.from_pretrained(POCKET / "tokenizer")
+    model = CLIPTextModel(CLIPTextConfig(**TEXT_ENCODER, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+                                         pad_token_id=tokenizer.pad_token_id))
+    text_encoder = TextEncoder(model, tokenizer).to(args.device)
+    latents, captions = encode_split(*read_split("train"), args)
+
+    # First against latents, so that neither the reward nor the judge has any part in it.
+    image_tower = LatentViT(LatentRMConfig(latent_size=SIZE // 4, patch_size=2, width=192, layers=3, heads=6, embed_dim=192)).to(args.device)
+    head = torch.nn.Linear(192, 192, bias=False).to(args.device)
+    scale = torch.nn.ParameterList([torch.tensor(math.log(1 / 0.07))]).to(args.device)
+
+    def contrast(ids, z):
+        with torch.autocast(args.device, torch.bfloat16):
+            hidden = model(input_ids=ids).last_hidden_state
+            text = head(hidden[torch.arange(len(ids)), (ids == tokenizer.eos_token_id).int().argmax(1)])
+            return clip_loss(F.normalize(image_tower(z), dim=-1), F.normalize(text, dim=-1), scale[0])
+
+    def contrast_of_step(step, generator):
+        chosen = draw(len(captions), 128, generator)
+        ids = text_encoder.tokenize(vary([captions[i] for i in chosen], random.Random(step)))
+        return contrast(ids.to(args.device), latents[chosen.to(args.device)])
+
+    fit("text", args, {"text": (model, 1.0), "image": (image_tower, 1.0), "head": (head, 1.0), "scale": (scale, 1.0)},
+        contrast_of_step, args.text_steps, 7e-4, weight_decay=0.1)
+
+    unet, schedule = UNet(UNetConfig(**UNET)).to(args.device), NoiseSchedule(device=args.device)
+    print(f"teacher: UNet {sum(p.numel() for p in unet.parameters()) / 1e6:.1f} M, "
+          f"text encoder {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
+
+    def denoise(ids, z, noise, t):
+        noisy = schedule.add_noise(z, noise, t)
+        with torch.autocast(args.device, torch.bfloat16):
+            eps = unet(noisy, t, model(input_ids=ids).last_hidden_state)
+        snr = schedule.alphas_cumprod[t] / (1 - schedule.alphas_cumprod[t])
+        weight = snr.clamp(max=5) / snr  # min-SNR weights (arXiv 2303.09556)
+        return (weight * (eps.float() - noise).square().mean(dim=(1, 2, 3))).mean()
+
+    # the pattern matcher would put the slow fused attention back (see cli.fast_attention)
+    compiled = torch.compile(denoise, options={"pattern_matcher": False} if args.device == "cpu" else None)
+
+    def denoise_of_step(step, generator):
+        chosen = draw(len(captions), args.teacher_batch, generator)
+        rng = random.Random(step)
+        prompts = ["" if rng.random() < 0.1 else c for c in vary([captions[i] for i in chosen], rng)]
+        noise = torch.randn(len(chosen), *latents.shape[1:], generator=generator)
+        t = draw(len(schedule), len(chosen), generator)
+        return compiled(text_encoder.tokenize(prompts).to(args.device), latents[chosen.to(args.device)],
+                        noise.to(args.device), t.to(args.device))
+
+    fit("teacher", args, {"unet": (unet, 1.0), "text": (model, 0.3)}, denoise_of_step, args.teacher_steps, 1e-3, ema=0.999)
+    unet.save_pretrained(POCKET / "unet", dtype=torch.float16)
+    text_encoder.save_pretrained(POCKET, dtype=torch.float16)
+    (POCKET / "scheduler").mkdir(exist_ok=True)
+    (POCKET / "scheduler/scheduler_config.json").write_text(json.dumps({
+        "_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
+        "beta_schedule": "scaled_linear", "prediction_type": "epsilon", "set_alpha_to_one": False, "steps_offset": 1,
+        "clip_sample": False, "timestep_spacing": "leading"}, indent=2) + "\n")
+
+
+# ---------------------------------------------------------------- student
+
+def train(out, *options):
+    """Run train.py as a user would -> the rows of its closing table."""
+    subprocess.run([sys.executable, str(POCKET.parent / "train.py"), "--out", str(out), *options], check=True)
+    return json.loads((out / "results.json").read_text())
+
+
+def stage_student(args):
+    from unet import UNet
+    results = {"plain": train(args.work / "plain", "--reward", "none")[-1]}  # as long as the default run
+    (POCKET / "results.json").write_text(json.dumps(results, indent=1))
+    train(args.work / "student", "--steps", str(args.student_steps), "--reward-scale", str(args.student_reward_scale))
+    UNet.from_pretrained(args.work / "student/unet_target").save_pretrained(POCKET / "student", dtype=torch.float16)
+    subprocess.run([sys.executable, str(POCKET.parent / "evaluate.py"), "--real", "--out", str(args.work / "shipped")], check=True)
+    results["shipped"] = json.loads((args.work / "shipped/results.json").read_text())
+    (POCKET / "results.json").write_text(json.dumps(results, indent=1))
+
+
 STAGES = {"data": stage_data, "tokenizer": stage_tokenizer, "vae": stage_vae,
-          "judge": functools.partial(stage_clip, "judge"), "reward": functools.partial(stage_clip, "reward")}
+          "judge": functools.partial(stage_clip, "judge"), "reward": functools.partial(stage_clip, "reward"),
+          "teacher": stage_teacher, "student": stage_student}
 
 
 def main():
@@ -343,6 +456,11 @@ def main():
     parser.add_argument("--vae-batch", type=int, default=16)
     parser.add_argument("--clip-steps", type=int, default=2500)
     parser.add_argument("--clip-batch", type=int, default=128)
+    parser.add_argument("--text-steps", type=int, default=500)
+    parser.add_argument("--teacher-steps", type=int, default=5000)
+    parser.add_argument("--teacher-batch", type=int, default=64)
+    parser.add_argument("--student-steps", type=int, default=2000)
+    parser.add_argument("--student-reward-scale", type=float, default=0.2)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     for stage in STAGES if args.stages == "all" else args.stages.split(","):

@@ -1,0 +1,135 @@
+"""The comparison: teacher in 50 steps, plain LCM in 2, RG-LCM in 2, on the pocket's held-out prompts.
+
+    python evaluate.py                                        # the shipped student
+    python evaluate.py --unet runs/pocket/unet_target         # yours
+
+The reward is what training maximises; the judge is a second CLIP that no training has seen, and the number to believe.
+"""
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from cli import option, parse, pick_device, pick_precision, require, run
+from data import Shards
+from reward import load_reward
+from sample import POCKET, Model, grid, make_folder, save_png
+from unet import UNet
+
+RESULTS = POCKET / "results.json"  # what build.py recorded: real pictures and plain LCM
+
+
+@dataclass
+class Config:
+    unet: str = option(str(POCKET / "student"), "the student")
+    model: str = option(str(POCKET), "model folder with the teacher")
+    data: str = option(str(POCKET / "data" / "heldout-*.tar"), "shards with the prompts and real pictures")
+    guidance: float = option(3.0, "w of teacher and student: cond + w (cond - uncond)")
+    steps: int = option(2, "steps of the student")
+    teacher_steps: int = option(50, "DDIM steps of the teacher; 0: leave the teacher out")
+    real: bool = option(False, "also score the real pictures and their VAE round trip")
+    limit: int = option(256, "number of prompts")
+    batch: int = option(64, "pictures at a time")
+    device: str = option("auto", "auto, cpu or cuda")
+    precision: str = option("auto", "arithmetic of the networks", choices=("auto", "bf16", "fp32"))
+    out: str = option("runs/evaluation", "folder for results.json and grid.png")
+
+
+class Scorer:
+    """Scores pictures for one fixed list of prompts by the reward and by the judge."""
+
+    def __init__(self, prompts, device):
+        self.prompts = prompts
+        self.models = {"reward": load_reward("pocket", device), "judge": load_reward(f"pocket={POCKET / 'judge'}", device)}
+
+    @torch.no_grad()
+    def __call__(self, name, images, calls=None, seconds=None):
+        """images [N,3,H,W] in [0,1], one per prompt -> a row of the table; "scores" holds the judge's N scores."""
+        row = {"name": name, "calls": calls, "seconds_per_image": seconds and seconds / len(images)}
+        for key, model in self.models.items():
+            image = torch.cat([model.image_features(part.to(model.clip.logit_scale.device)) for part in images.split(64)])
+            text = model.text_features(self.prompts)
+            scores = (image * text).sum(dim=1)
+            row[key], row[key + "_se"] = scores.mean().item(), (scores.std() / len(scores) ** 0.5).item()
+        # of the last model, the judge: is the picture nearest to its own prompt among all?
+        row["top1"] = ((image @ text.T).argmax(dim=1) == torch.arange(len(text), device=text.device)).float().mean().item()
+        return row | {"scores": scores.cpu().tolist()}
+
+
+def draw_all(model, unet, prompts, steps, w, solver, batch):
+    """One picture per prompt, picture i from seed i -> images [N,3,H,W] on the CPU, seconds."""
+    unet.eval()
+    start = time.perf_counter()
+    images = [model.draw(unet, prompts[i:i + batch], range(i, min(i + batch, len(prompts))), steps, w, solver).cpu()
+              for i in tqdm(range(0, len(prompts), batch), desc=f"{solver} {steps} steps", leave=False)]
+    return torch.cat(images), time.perf_counter() - start
+
+
+def table(rows):
+    lines = ["| | network calls | s / image | reward | judge | top-1 |", "| --- | --- | --- | --- | --- | --- |"]
+    for row in rows:
+        seconds = "" if row["seconds_per_image"] is None else f"{row['seconds_per_image']:.3f}"
+        lines.append(f"| {row['name']} | {row['calls'] or ''} | {seconds} | {row['reward']:.3f} ± {row['reward_se']:.3f} "
+                     f"| {row['judge']:.3f} ± {row['judge_se']:.3f} | {row['top1']:.1%} |")
+    return "\n".join(lines)
+
+
+def difference(row, other):
+    """Mean of the paired differences of the judge's scores, and its standard error."""
+    d = torch.tensor(row["scores"]) - torch.tensor(other["scores"])
+    return d.mean().item(), (d.std() / len(d) ** 0.5).item()
+
+
+@torch.no_grad()
+def compare(args, device, dtype):
+    """Draw, score, print the table and write results.json and grid.png. -> rows"""
+    from weights import write_whole
+    out = make_folder(args.out)
+    shards = Shards(args.data, resolution=64)
+    require(not shards.encoded, f"{args.data}: the comparison needs pictures, not latents")
+    real, prompts = zip(*(shards[i] for i in range(min(args.limit, len(shards)))))
+    real, prompts = torch.stack(real), list(prompts)
+    model, score = Model(args.model, device, dtype), Scorer(prompts, device)
+    rows, pictures = [], [real / 2 + 0.5]
+
+    if args.real:
+        round_trip = torch.cat([model.vae.decode(model.vae.posterior(part.to(device))[0] * model.vae.config.scaling_factor).cpu()
+                                for part in real.split(args.batch)])
+        rows += [score("real pictures", real / 2 + 0.5), score("real, through the VAE", (round_trip / 2 + 0.5).clamp(0, 1))]
+    if args.teacher_steps:
+        teacher = model.check(UNet.from_pretrained(args.model, device=device), args.model)
+        images, seconds = draw_all(model, teacher, prompts, args.teacher_steps, args.guidance, "ddim", args.batch)
+        rows.append(score(f"teacher, {args.teacher_steps}-step DDIM", images, 2 * args.teacher_steps, seconds))
+        pictures.append(images)
+    recorded = json.loads(RESULTS.read_text()).get("plain") if RESULTS.is_file() else None
+    if recorded and len(prompts) == len(recorded["scores"]):
+        rows.append(recorded | {"name": "plain LCM, 2-step (recorded; `python train.py --reward none` remakes it)"})
+    student = model.check(UNet.from_pretrained(args.unet, device=device), args.unet)
+    require(student.config.time_cond_proj_dim, f"{args.unet}: a teacher (no guidance embedding), expected a student")
+    images, seconds = draw_all(model, student, prompts, args.steps, args.guidance, "lcm", args.batch)
+    rows.append(score(f"student, {args.steps}-step ({Path(args.unet).parent.name}/{Path(args.unet).name})", images, args.steps, seconds))
+    pictures.append(images)
+
+    print(table(rows))
+    for other in rows[:-1]:
+        mean, se = difference(rows[-1], other)
+        print(f"judge, student minus {other['name'].split(' (')[0]}: {mean:+.4f} ± {se:.4f}")
+    columns = min(12, len(prompts))
+    sheet = grid(torch.cat([p[:columns] for p in pictures]), columns)
+    save_png(sheet, out / "grid.png", prompts=" | ".join(prompts[:columns]), rows="real, teacher, student")
+    write_whole(out / "results.json", json.dumps(rows, indent=1))
+    print(f"{out / 'grid.png'}: rows are real pictures, teacher, student\n{out / 'results.json'}")
+    return rows
+
+
+def main():
+    args = parse(Config(), __doc__)
+    device = pick_device(args.device)
+    compare(args, device, pick_precision(args.precision, device))
+
+
+if __name__ == "__main__":
+    run(main)

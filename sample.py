@@ -1,0 +1,172 @@
+"""Prompts -> PNG.
+
+    python sample.py --steps 2 --prompt "a red apple"                          # the student that ships in pocket/student
+    python sample.py --steps 2 --unet runs/pocket/unet_target                  # a student of your own
+    python sample.py --solver ddim --steps 50 --guidance 3                     # the teacher
+"""
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
+
+from cli import autocast, option, parse, pick_device, pick_precision, require, run
+from lcm_solver import NoiseSchedule, ScheduleConfig, draw_noise, lcm_timesteps, sample_ddim, sample_lcm
+from text_encoder import TextEncoder
+from unet import UNet
+from vae import VAE
+from weights import InputError
+
+POCKET = Path(__file__).resolve().parent / "pocket"
+PROMPTS = ["a red apple", "a smiling cat", "rocket", "a firefighter", "a green heart", "a slice of pizza"]
+
+
+@dataclass
+class Config:
+    prompt: list[str] = option((), "a prompt; may be given several times (without any: six for a first look)", list=True)
+    prompts: str | None = option(None, "a text file with one prompt a line")
+    steps: int = option(2, "network calls per picture (ddim: twice as many passes, for guidance)")
+    n: int = option(1, "pictures per prompt")
+    seed: int = option(0, "picture i of a prompt uses seed + i")
+    size: str | None = option(None, "HxW in pixels; what the model was trained at if not given")
+    model: str = option(str(POCKET), "model folder with vae/, text_encoder/, tokenizer/, scheduler/ and the teacher's unet/")
+    unet: str | None = option(None, "UNet folder; if not given, MODEL/student for lcm and MODEL/unet for ddim")
+    solver: str = option("lcm", "lcm: a student; ddim: a teacher", choices=("lcm", "ddim"))
+    guidance: float = option(3.0, "w of the LCM paper: cond + w (cond - uncond); diffusers' guidance_scale is w + 1")
+    device: str = option("auto", "auto, cpu or cuda")
+    precision: str = option("auto", "arithmetic of the networks", choices=("auto", "bf16", "fp32"))
+    compile: bool = option(False, "torch.compile the UNet: slower start, faster pictures")
+    batch: int = option(16, "pictures at a time")
+    out: str = option("samples", "folder for the PNGs")
+
+
+class Model:
+    """The frozen parts around a UNet: VAE, text encoder and noise schedule of a model folder."""
+
+    def __init__(self, path, device, dtype):
+        self.device, self.dtype = device, dtype
+        self.vae = VAE.from_pretrained(path, device=device).requires_grad_(False)
+        self.text_encoder = TextEncoder.from_pretrained(path, device=device).requires_grad_(False)
+        self.schedule = NoiseSchedule(ScheduleConfig.from_pretrained(path), device)
+
+    def check(self, unet, where):
+        require(unet.config.cross_attention_dim == self.text_encoder.dim,
+                f"{where}/config.json says cross_attention_dim {unet.config.cross_attention_dim}, the text encoder gives "
+                f"{self.text_encoder.dim}: do the UNet and the model folder belong together?")
+        return unet
+
+    @torch.no_grad()
+    def draw(self, unet, prompts, seeds, steps, w, solver="lcm", size=None):
+        """B prompts and B seeds -> images [B,3,H,W] in [0,1], float32. size: (H, W) in pixels."""
+        h, w_ = size or (unet.config.sample_size * self.vae.factor,) * 2
+        shape = (len(prompts), unet.config.in_channels, h // self.vae.factor, w_ // self.vae.factor)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        latents = draw_noise(shape, generators, self.device)
+        with autocast(self.device, self.dtype):
+            context = self.text_encoder(prompts)
+            if solver == "lcm":
+                latents = sample_lcm(unet, self.schedule, latents, context, w, steps, generators)
+            else:
+                latents = sample_ddim(unet, self.schedule, latents, context, self.text_encoder([""]), w, steps)
+            images = self.vae.decode(latents)
+        return (images.float() / 2 + 0.5).clamp(0, 1)
+
+
+def to_pil(image):
+    """[3,H,W] in [0,1] -> PIL image."""
+    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def grid(images, columns):
+    """[N,3,H,W] in [0,1] -> one PIL image of the pictures in rows of `columns`, on white."""
+    n, _, h, w = images.shape
+    sheet = Image.new("RGB", (columns * w, math.ceil(n / columns) * h), "white")
+    for i, image in enumerate(images):
+        sheet.paste(to_pil(image), (i % columns * w, i // columns * h))
+    return sheet
+
+
+def save_png(image, file, **text):
+    info = PngInfo()
+    for key, value in text.items():
+        info.add_itxt(key, str(value))
+    new = file.with_suffix(".new")
+    image.save(new, "PNG", pnginfo=info)
+    new.rename(file)
+
+
+def make_folder(path):
+    """Create a folder for output, or say why that cannot be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        probe = Path(path) / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"--out {path}: not writable ({error.strerror}); give a folder you can write to") from None
+    return Path(path)
+
+
+def read_prompts(args):
+    prompts = list(args.prompt)
+    if args.prompts:
+        try:
+            prompts += [line.strip() for line in Path(args.prompts).read_text().splitlines() if line.strip()]
+        except OSError as error:
+            raise InputError(f"--prompts {args.prompts}: not readable ({error.strerror}); expected a text file, one prompt a line") from None
+    return prompts or PROMPTS
+
+
+def parse_size(text, factor):
+    try:
+        h, w = (int(x) for x in text.lower().split("x"))
+    except ValueError:
+        raise InputError(f"--size {text}: expected HxW in pixels, such as 512x768") from None
+    require(h > 0 and w > 0 and h % factor == w % factor == 0, f"--size {text}: height and width must be multiples of {factor}")
+    return h, w
+
+
+def main():
+    start = time.perf_counter()
+    args = parse(Config(), __doc__)
+    device = pick_device(args.device)
+    dtype = pick_precision(args.precision, device)
+    require(args.n >= 1 and args.batch >= 1, f"--n {args.n} --batch {args.batch}: expected 1 or more")
+    prompts = [prompt for prompt in read_prompts(args) for _ in range(args.n)]
+    seeds = [args.seed + i for _ in range(len(prompts) // args.n) for i in range(args.n)]
+    out = make_folder(args.out)
+
+    model = Model(args.model, device, dtype)
+    where = args.unet or str(Path(args.model) / ("student" if args.solver == "lcm" else "unet"))
+    unet = model.check(UNet.from_pretrained(where, device=device), where)
+    if args.solver == "lcm":
+        lcm_timesteps(model.schedule, args.steps)  # refuses a wrong number of steps before any work
+        require(unet.config.time_cond_proj_dim, f"{where}: a teacher (no guidance embedding); sample it with --solver ddim, or give a student")
+    else:
+        require(1 <= args.steps < len(model.schedule), f"--steps {args.steps}: expected 1 to {len(model.schedule) - 1} for ddim")
+    size = parse_size(args.size, model.vae.factor * 2 ** (len(unet.config.block_out_channels) - 1)) if args.size else None
+    if args.compile:
+        unet.compile()
+
+    loaded = time.perf_counter()
+    images = torch.cat([model.draw(unet, prompts[i:i + args.batch], seeds[i:i + args.batch], args.steps, args.guidance, args.solver, size).cpu()
+                        for i in tqdm(range(0, len(prompts), args.batch), disable=len(prompts) <= args.batch, unit="batch")])
+    drawn = time.perf_counter()
+    facts = {"steps": args.steps, "solver": args.solver, "guidance": args.guidance, "model": args.model, "unet": where}
+    for i, (image, prompt, seed) in enumerate(zip(images, prompts, seeds)):
+        save_png(to_pil(image), out / f"{i:05d}.png", prompt=prompt, seed=seed, **facts)
+        print(f"{out / f'{i:05d}.png'}  {prompt}  (seed {seed})")
+    if len(images) > 1:
+        columns = args.n if args.n > 1 else math.ceil(len(images) ** 0.5)
+        save_png(grid(images, columns), out / "grid.png", prompt=" | ".join(prompts), seed=args.seed, **facts)
+        print(out / "grid.png")
+    print(f"{loaded - start:.1f} s to load, {drawn - loaded:.2f} s for {len(images)} pictures in {args.steps} steps "
+          f"({device}, {str(dtype)[6:]})")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,280 @@
+"""Reward Guided Latent Consistency Distillation (arXiv 2403.11027), algorithm 1.
+
+    python train.py                                       # the pocket, on a laptop, in minutes; ends with the table
+    python train.py --reward none --out runs/plain        # the same without reward: plain LCD
+
+    torchrun --nproc_per_node=8 train.py --teacher MODEL --data 'cc12m/*.tar' --out runs/sd21 --resolution 512 \\
+        --batch-size 16 --steps 10000 --lr 1e-6 --lr-schedule constant --w-min 5 --w-max 15 --ddim-steps 50 \\
+        --reward-scale 1 --reward-batch 4 --grad-checkpoint --workers 8
+
+To resume, run the same command. All randomness is a function of the seed and of the sample's place in the stream of samples,
+so a resumed run, and a run on another number of processes, draws the same.
+"""
+import dataclasses
+import json
+import math
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+import evaluate
+from cli import autocast, fast_attention, option, parse, pick_device, pick_precision, require, run
+from data import Shards, batches, mix, positions
+from lcm_solver import DDIMSolver, consistency_function, huber
+from reward import load_reward
+from sample import POCKET, Model, grid, make_folder, save_png
+from unet import UNet
+from weights import whole_folder, write_whole
+
+W_DIM = 256  # width of the guidance embedding
+
+
+@dataclass
+class Config:
+    teacher: str = option(str(POCKET), "model folder of the teacher")
+    data: str = option(str(POCKET / "data" / "train-*.tar"), "shards: a tar, a folder, or a glob")
+    out: str = option("runs/pocket", "run folder; a run found there is resumed")
+    resolution: int = option(64, "side of the training pictures in pixels")
+    batch_size: int = option(32, "pictures per process in one pass")
+    grad_accum: int = option(1, "passes per optimizer step")
+    steps: int = option(500, "optimizer steps")
+    lr: float = option(3e-4, "learning rate (published SD2.1 recipe: 1e-6, constant)")
+    lr_schedule: str = option("cosine", "after a warm-up of 20 steps", choices=("constant", "cosine"))
+    seed: int = option(0, "seed of everything random")
+    reward: str = option("pocket", "reward model (reward.py), or none for plain LCD")
+    reward_scale: float = option(0.2, "beta: weight of the reward in the loss")
+    reward_batch: int = option(16, "rows of a pass that are decoded and rewarded")
+    latent_rm: str | None = option(None, "latent proxy reward model to train through")
+    ddim_steps: int = option(20, "N, points of the solver's grid; the skip is 1000 / N (published: 50)")
+    solver_substeps: int = option(1, "teacher steps between two grid points")
+    w_min: float = option(1.0, "smallest guidance weight (published: 5)")
+    w_max: float = option(5.0, "largest guidance weight (published: 15)")
+    ema: float = option(0.95, "decay of the target network")
+    precision: str = option("auto", "arithmetic of the networks; weights stay float32", choices=("auto", "bf16", "fp32"))
+    compile: bool = option(torch.cuda.is_available(), "torch.compile the networks")
+    grad_checkpoint: bool = option(False, "recompute activations in the backward pass: less memory, 1.3x time")
+    checkpoint_every: int = option(100, "steps between checkpoints")
+    log_every: int = option(10, "steps between lines of log.jsonl")
+    sample_every: int = option(100, "steps between sample grids")
+    keep: int = option(2, "checkpoints kept")
+    workers: int = option(0, "data loading processes")
+    device: str = option("auto", "auto, cpu or cuda")
+
+
+MAY_CHANGE = {"out", "steps", "checkpoint_every", "log_every", "sample_every", "keep", "workers", "device"}
+
+
+# ------------------------------------------------------------------------------------------- the algorithm
+
+def random_draws(seed, places, shape, grid_points, device):
+    """Everything random about the samples at `places` of the stream: posterior noise, diffusion noise [B,*shape], grid index
+    i [B] and u in [0,1) [B] for w. One generator per sample, so nothing depends on batch, rank or number of processes."""
+    rows = []
+    for place in places:
+        g = torch.Generator().manual_seed(mix(mix(seed, 1), place))
+        rows.append((torch.randn(shape, generator=g), torch.randn(shape, generator=g),
+                     torch.randint(grid_points, (), generator=g), torch.rand((), generator=g)))
+    return [torch.stack(column).to(device) for column in zip(*rows)]
+
+
+def distillation_loss(model, teacher, student, target, reward, solver, batch, args):
+    """RG-LCD, algorithm 1, for one pass. batch: (images [B,3,H,W] or posteriors [B,2,4,h,w], captions, draws).
+    -> loss, {name: detached scalar}"""
+    tensors, captions, (posterior_noise, noise, index, u) = batch
+    schedule = solver.schedule
+    with torch.no_grad():
+        mean, std = tensors.unbind(1) if tensors.ndim == 5 else model.vae.posterior(tensors)
+        z = (mean + std * posterior_noise) * model.vae.config.scaling_factor
+        context, uncond_context = model.text_encoder(captions), model.text_encoder([""])
+        w = args.w_min + (args.w_max - args.w_min) * u
+        s = solver.timesteps[index]
+        z_s = schedule.add_noise(z, noise, s)
+        z_t, t = solver.solve(teacher, z_s, s, context, uncond_context, w, args.solver_substeps)
+        goal = consistency_function(target, schedule, z_t, t, context, w)
+
+    prediction = consistency_function(student, schedule, z_s, s, context, w)
+    loss = lcd = huber(prediction, goal)  # L_LCD
+    stats = {"lcd": lcd.detach()}
+    if reward is not None:
+        rows = slice(args.reward_batch)
+        decode = (lambda x: checkpoint(model.vae.decode, x, use_reentrant=False)) if args.grad_checkpoint else model.vae.decode
+        images = (decode(prediction[rows]).float() / 2 + 0.5).clamp(0, 1)
+        score = reward(images, captions[rows]).mean()
+        loss = lcd - args.reward_scale * score  # eq. 8
+        stats["reward"] = score.detach()
+    return loss, stats | {"loss": loss.detach()}
+
+
+def learning_rate(step, args):
+    decay = 1.0 if args.lr_schedule == "constant" else 0.05 + 0.95 * (1 + math.cos(math.pi * step / args.steps)) / 2
+    return args.lr * min(1, (step + 1) / 20) * decay
+
+
+# ------------------------------------------------------------------------------------------- one process of many
+
+def setup_processes(args):
+    """-> rank, world, device. torchrun is optional."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(args.device)
+    if world > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+def average_over_processes(tensors, world):
+    if world > 1:
+        for work in [dist.all_reduce(t, async_op=True) for t in tensors]:
+            work.wait()
+        torch._foreach_div_(tensors, world)
+
+
+# ------------------------------------------------------------------------------------------- the run folder
+
+def open_run(args, main_process):
+    """Make the run folder, or check that the run found there was started with the same options. -> newest checkpoint or None"""
+    out, settings = Path(args.out), dataclasses.asdict(args)
+    file = out / "config.json"
+    if file.is_file():
+        before = json.loads(file.read_text())
+        changed = [k for k in settings if k not in MAY_CHANGE and before.get(k) != settings[k]]
+        require(not changed, f"{out} holds a run with other options: " + ", ".join(f"--{k.replace('_', '-')} {before.get(k)} (now {settings[k]})"
+                             for k in changed[:4]) + "; give the same options to resume it, or another --out")
+    if main_process:
+        make_folder(out / "samples")
+        make_folder(out / "checkpoints")
+        write_whole(file, json.dumps(settings, indent=2) + "\n")
+    found = sorted((out / "checkpoints").glob("step-*"))
+    return found[-1] if found else None
+
+
+def save_checkpoint(out, step, student, target, optimizer, keep):
+    folder = out / "checkpoints" / f"step-{step:06d}"
+    with whole_folder(folder) as new:
+        student.save_pretrained(new / "unet")
+        target.save_pretrained(new / "unet_target")
+        torch.save(optimizer.state_dict(), new / "optimizer.pt")
+    for old in sorted((out / "checkpoints").glob("step-*"))[:-keep]:
+        shutil.rmtree(old.rename(old.with_name("." + old.name)))  # never a half-deleted folder under a checkpoint's name
+
+
+def truncate_log(file, step):
+    """Drop the lines that a killed run wrote after its last checkpoint."""
+    if file.is_file():
+        lines = [line for line in file.read_text().splitlines() if json.loads(line)["step"] <= step]
+        write_whole(file, "".join(line + "\n" for line in lines))
+
+
+# ------------------------------------------------------------------------------------------- the loop
+
+def check(args):
+    for name in ("batch_size", "grad_accum", "steps", "reward_batch", "solver_substeps", "checkpoint_every", "log_every", "sample_every", "keep"):
+        require(getattr(args, name) >= 1, f"--{name.replace('_', '-')} {getattr(args, name)}: expected 1 or more")
+    require(args.lr > 0, f"--lr {args.lr}: expected more than 0")
+    require(0 <= args.ema < 1, f"--ema {args.ema}: expected 0 <= decay < 1")
+    require(args.w_min <= args.w_max, f"--w-min {args.w_min} is more than --w-max {args.w_max}")
+    require(args.latent_rm is None, "--latent-rm: distillation through a latent proxy reward model is not in this version; leave it out")
+
+
+def main():
+    args = parse(Config(), __doc__)
+    check(args)
+    rank, world, device = setup_processes(args)
+    main_process, out = rank == 0, Path(args.out)
+    dtype = pick_precision(args.precision, device)
+    torch.set_float32_matmul_precision("high")
+
+    # Frozen: VAE, text encoder, teacher, reward. Trained in float32: the student; its EMA is the target.
+    model = Model(args.teacher, device, dtype)
+    teacher = model.check(UNet.from_pretrained(args.teacher, device=device, dtype=dtype), args.teacher).requires_grad_(False)
+    reward = None if args.reward == "none" else load_reward(args.reward, device)
+    shards = Shards(args.data, args.resolution)
+    solver = DDIMSolver(model.schedule, args.ddim_steps)
+    require(args.resolution % model.vae.factor == 0, f"--resolution {args.resolution}: expected a multiple of {model.vae.factor}")
+    newest = open_run(args, main_process)
+    start = int(newest.name.removeprefix("step-")) if newest else 0
+    student = UNet.from_pretrained(newest / "unet" if newest else args.teacher, W_DIM, torch.float32, device).train()
+    target = UNet.from_pretrained(newest / "unet_target" if newest else args.teacher, W_DIM, torch.float32, device).requires_grad_(False)
+    student.checkpointing = args.grad_checkpoint
+    weights, target_weights = list(student.parameters()), list(target.parameters())
+    optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+    if newest:
+        optimizer.load_state_dict(torch.load(newest / "optimizer.pt", map_location=device, weights_only=True))
+    if args.compile:
+        for network in (student, target, teacher):
+            network.compile()
+
+    rows = args.batch_size * args.grad_accum
+    stream = batches(shards, args.seed, start, args.steps, rows, rank, world, args.workers)
+    shape = (model.vae.config.latent_channels, args.resolution // model.vae.factor, args.resolution // model.vae.factor)
+    prompts = [shards[i][1] for i in range(min(8, len(shards)))]
+    if main_process:
+        truncate_log(out / "log.jsonl", start)
+        print(f"{sum(p.numel() for p in weights) / 1e6:.1f} M parameters, {len(shards)} pictures, {world} x {rows} a step, "
+              f"reward {args.reward}, {device}, {str(dtype)[6:]}" + (f"; resumes at step {start}" if start else ""))
+    progress = tqdm(total=args.steps, initial=start, disable=not main_process, unit="step")
+    clock, clock_step = time.perf_counter(), start
+
+    for step, (tensors, captions) in zip(range(start, args.steps), stream):
+        draws = random_draws(args.seed, positions(step, rows, rank, world), shape, len(solver.timesteps), device)
+        optimizer.zero_grad(set_to_none=True)
+        totals = {}
+        for first in range(0, rows, args.batch_size):
+            part = slice(first, first + args.batch_size)
+            batch = tensors[part].to(device, non_blocking=True), captions[part], [d[part] for d in draws]
+            with fast_attention(device):
+                with autocast(device, dtype):
+                    loss, stats = distillation_loss(model, teacher, student, target, reward, solver, batch, args)
+                (loss / args.grad_accum).backward()
+            for key, value in stats.items():
+                totals[key] = totals.get(key, 0) + value / args.grad_accum
+        average_over_processes([p.grad for p in weights], world)
+        norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        optimizer.step()
+        torch._foreach_lerp_(target_weights, [p.detach() for p in weights], 1 - args.ema)  # EMA target
+
+        done = step + 1
+        progress.update()
+        if done % args.log_every == 0 or done == args.steps:
+            average_over_processes(list(totals.values()), world)
+            line = {"step": done} | {k: v.item() for k, v in totals.items()} | {"grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"]}
+            seconds = (time.perf_counter() - clock) / (done - clock_step)
+            clock, clock_step = time.perf_counter(), done
+            require(all(abs(v) < float("inf") for v in line.values()), f"step {done}: loss or gradient is not finite ({line}); "
+                    f"the last checkpoint in {out}/checkpoints is sound: lower --lr or --reward-scale")
+            if main_process:
+                line |= {"seconds_per_step": round(seconds, 4), "images_per_second": round(world * rows / seconds, 2)}
+                with open(out / "log.jsonl", "a") as log:
+                    log.write(json.dumps(line) + "\n")
+                progress.set_postfix({k: f"{line[k]:.3f}" for k in ("lcd", "reward") if k in line})
+        if main_process and (done % args.sample_every == 0 or done == args.steps):
+            w = (args.w_min + args.w_max) / 2
+            images = model.draw(target, prompts, range(len(prompts)), 2, w)
+            save_png(grid(images, 4), out / "samples" / f"step-{done:06d}.png", prompts=" | ".join(prompts), steps=2, guidance=w)
+        if main_process and (done % args.checkpoint_every == 0 or done == args.steps):
+            save_checkpoint(out, done, student, target, optimizer, args.keep)
+    progress.close()
+    if main_process:
+        student.save_pretrained(out / "unet")
+        target.save_pretrained(out / "unet_target")
+        print(f"{out / 'unet'}  {out / 'unet_target'}")
+        if Path(args.teacher).resolve() == POCKET:
+            compared = evaluate.Config(unet=str(out / "unet_target"), out=str(out), device=str(device), precision=args.precision)
+            evaluate.compare(compared, device, dtype)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run(main)
