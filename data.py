@@ -9,6 +9,7 @@ anywhere and go on exactly there, on any number of processes.
 import functools
 import glob
 import io
+import os
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,8 @@ class Shards(torch.utils.data.Dataset):
                     for member in tar:
                         stem, dot, suffix = member.name.rpartition(".")
                         parts.setdefault(stem, {})[dot + suffix.lower()] = (member.offset_data, member.size)
+                    if tar.offset + tarfile.BLOCKSIZE > os.path.getsize(file):  # no end-of-archive block was there
+                        raise tarfile.ReadError("it ends too early")
             except (tarfile.TarError, OSError, EOFError) as error:
                 raise InputError(f"{file}: not a whole tar file ({error}); copy the shard again or leave it out") from None
             for stem, part in parts.items():

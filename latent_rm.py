@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from open_clip.transformer import TextTransformer
 from torch import nn
-from transformers import CLIPTokenizer
 
-from weights import load_component, save_component
+from weights import load_component, load_tokenizer, save_component
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class LatentRM(nn.Module):
         latent_rm = load_component(cls, path, "latent_rm", dtype, device)
         latent_rm.text.attn_mask = latent_rm.text.build_causal_mask().to(device)  # not in the file
         beside = [folder / "tokenizer" for folder in (Path(path), Path(path).parent)]
-        latent_rm.tokenizer = CLIPTokenizer.from_pretrained(next((f for f in beside if f.is_dir()), beside[0]))
+        latent_rm.tokenizer = load_tokenizer(next((f for f in beside if f.is_dir()), beside[0]))
         return latent_rm
 
     def save_pretrained(self, folder, dtype=None):

@@ -9,7 +9,6 @@
 Guidance w is the LCM paper's: out = cond + w (cond - uncond); diffusers' `guidance_scale` is w + 1.
 Sources: LCM (arXiv 2310.04378), RG-LCD (arXiv 2403.11027), DDIM (arXiv 2010.02502).
 """
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from weights import InputError
+from weights import InputError, read_json
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class ScheduleConfig:
         file = Path(path) / "scheduler" / "scheduler_config.json"
         if not file.is_file():
             return cls()
-        raw = json.loads(file.read_text())
+        raw = read_json(file)
         if raw.get("beta_schedule", "scaled_linear") != "scaled_linear":
             raise InputError(f"{file}: beta_schedule {raw['beta_schedule']!r}; expected scaled_linear, as in every SD1 and SD2 file")
         if raw.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):

@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
-from transformers import CLIPTokenizer
 
-from weights import WEIGHTS, InputError, find_component, load_strictly, whole_folder
+from weights import WEIGHTS, InputError, find_component, load_strictly, load_tokenizer, read_json, whole_folder
 
 POCKET_REWARD = Path(__file__).parent / "pocket" / "reward"
 
@@ -31,10 +30,7 @@ class PocketReward(nn.Module):
     def from_pretrained(cls, path):
         """path: a folder with config.json and weights, beside the tokenizer/ folder."""
         folder = find_component(path, "reward")
-        words = folder.parent / "tokenizer"
-        if not words.is_dir():
-            raise InputError(f"{words}: missing; a reward model's tokenizer stands beside its folder")
-        reward = cls(json.loads((folder / "config.json").read_text()), CLIPTokenizer.from_pretrained(words))
+        reward = cls(read_json(folder / "config.json"), load_tokenizer(folder.parent / "tokenizer"))
         load_strictly(reward.clip, folder / WEIGHTS)
         return reward.float()
 

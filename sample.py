@@ -115,9 +115,9 @@ def read_prompts(args):
     prompts = list(args.prompt)
     if args.prompts:
         try:
-            prompts += [line.strip() for line in Path(args.prompts).read_text().splitlines() if line.strip()]
-        except OSError as error:
-            raise InputError(f"--prompts {args.prompts}: not readable ({error.strerror}); expected a text file, one prompt a line") from None
+            prompts += [line.strip() for line in Path(args.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--prompts {args.prompts}: not readable ({error}); expected a UTF-8 text file, one prompt a line") from None
     return prompts or PROMPTS
 
 

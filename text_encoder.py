@@ -3,14 +3,14 @@
 SD2.1 uses OpenCLIP's ViT-H/14 tower with 23 of its 24 layers (the penultimate) and the final layer norm; the file holds
 exactly those 23, so the last hidden state is the one wanted.
 """
-import json
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel
 
-from weights import InputError, find_component, load_strictly, whole_folder
+from weights import InputError, find_component, load_strictly, load_tokenizer, read_json, whole_folder
 
 
 class TextEncoder(nn.Module):
@@ -27,20 +27,20 @@ class TextEncoder(nn.Module):
         """path: a model folder with text_encoder/ and tokenizer/, or the text_encoder folder beside tokenizer/."""
         folder = find_component(path, "text_encoder")
         words = folder.parent / "tokenizer"
-        if not any((words / name).is_file() for name in ("vocab.json", "tokenizer.json")):
-            raise InputError(f"{words}: no tokenizer there; expected vocab.json and merges.txt beside {folder.name}/")
         # The token ids in text_encoder/config.json of published files are wrong; the tokenizer's folder is right.
-        tokenizer = CLIPTokenizer.from_pretrained(words)
-        raw = json.loads((folder / "config.json").read_text())
+        tokenizer = load_tokenizer(words)
+        raw = read_json(folder / "config.json")
         config = CLIPTextConfig(**{k: v for k, v in raw.items() if not k.endswith("_token_id")},
                                 bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
         if tokenizer.model_max_length > config.max_position_embeddings:
             raise InputError(f"{words}: model_max_length {tokenizer.model_max_length} is more than the "
                              f"{config.max_position_embeddings} positions of {folder}")
+        if len(tokenizer) > config.vocab_size:
+            raise InputError(f"{words}: {len(tokenizer)} tokens, but {folder}/config.json says vocab_size {config.vocab_size}: "
+                             f"do they belong together?")
         model = CLIPTextModel(config)
         load_strictly(model, folder / "model.safetensors", ignore=("position_ids",), rename=text_key(model))
-        model.to(dtype=dtype, device=device)
-        return cls(model, tokenizer).eval()
+        return cls(model, tokenizer).to(dtype=dtype or torch.float32, device=device).eval()
 
     def save_pretrained(self, path, dtype=None):
         """Write path/text_encoder in the layout of transformers. The tokenizer never changes: copy its folder."""

@@ -33,6 +33,11 @@ from sample import POCKET, Model, grid, make_folder, save_png
 from unet import UNet
 from weights import whole_folder, write_whole
 
+try:  # the extra `tensorboard`: curves beside log.jsonl
+    from torch.utils.tensorboard import SummaryWriter
+except ImportError:
+    SummaryWriter = None
+
 W_DIM = 256  # width of the guidance embedding
 
 
@@ -52,7 +57,7 @@ class Config:
     reward_scale: float = option(0.2, "beta: weight of the reward in the loss")
     reward_batch: int = option(16, "rows of a pass that are decoded and rewarded")
     latent_rm: str | None = option(None, "latent proxy reward model to train through")
-    ddim_steps: int = option(20, "N, points of the solver's grid; the skip is 1000 / N (published: 50)")
+    ddim_steps: int = option(10, "N, points of the solver's grid; the skip is 1000 / N (published: 50)")
     solver_substeps: int = option(1, "teacher steps between two grid points")
     w_min: float = option(1.0, "smallest guidance weight (published: 5)")
     w_max: float = option(5.0, "largest guidance weight (published: 15)")
@@ -68,7 +73,7 @@ class Config:
     device: str = option("auto", "auto, cpu or cuda")
 
 
-MAY_CHANGE = {"out", "steps", "checkpoint_every", "log_every", "sample_every", "keep", "workers", "device"}
+MAY_CHANGE = {"out", "checkpoint_every", "log_every", "sample_every", "keep", "workers", "device"}
 
 
 # ------------------------------------------------------------------------------------------- the algorithm
@@ -146,15 +151,21 @@ def open_run(args, main_process):
     file = out / "config.json"
     if file.is_file():
         before = json.loads(file.read_text())
-        changed = [k for k in settings if k not in MAY_CHANGE and before.get(k) != settings[k]]
+        may_change = MAY_CHANGE | ({"steps"} if args.lr_schedule == "constant" else set())  # cosine: steps shape every rate
+        changed = [k for k in settings if k not in may_change and before.get(k) != settings[k]]
         require(not changed, f"{out} holds a run with other options: " + ", ".join(f"--{k.replace('_', '-')} {before.get(k)} (now {settings[k]})"
                              for k in changed[:4]) + "; give the same options to resume it, or another --out")
     if main_process:
         make_folder(out / "samples")
         make_folder(out / "checkpoints")
         write_whole(file, json.dumps(settings, indent=2) + "\n")
-    found = sorted((out / "checkpoints").glob("step-*"))
-    return found[-1] if found else None
+    return checkpoints(out)[-1] if checkpoints(out) else None
+
+
+def checkpoints(out):
+    """The whole checkpoint folders of a run, oldest first; anything else that lies there is not one."""
+    found = [p for p in (out / "checkpoints").glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdigit()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
 
 def save_checkpoint(out, step, student, target, optimizer, keep):
@@ -163,15 +174,15 @@ def save_checkpoint(out, step, student, target, optimizer, keep):
         student.save_pretrained(new / "unet")
         target.save_pretrained(new / "unet_target")
         torch.save(optimizer.state_dict(), new / "optimizer.pt")
-    for old in sorted((out / "checkpoints").glob("step-*"))[:-keep]:
+    for old in checkpoints(out)[:-keep]:
         shutil.rmtree(old.rename(old.with_name("." + old.name)))  # never a half-deleted folder under a checkpoint's name
 
 
 def truncate_log(file, step):
     """Drop the lines that a killed run wrote after its last checkpoint."""
     if file.is_file():
-        lines = [line for line in file.read_text().splitlines() if json.loads(line)["step"] <= step]
-        write_whole(file, "".join(line + "\n" for line in lines))
+        lines = [line for line in file.read_text().splitlines() if line.endswith("}")]  # a kill may leave half a line
+        write_whole(file, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
 
 
 # ------------------------------------------------------------------------------------------- the loop
@@ -221,6 +232,7 @@ def main():
         truncate_log(out / "log.jsonl", start)
         print(f"{sum(p.numel() for p in weights) / 1e6:.1f} M parameters, {len(shards)} pictures, {world} x {rows} a step, "
               f"reward {args.reward}, {device}, {str(dtype)[6:]}" + (f"; resumes at step {start}" if start else ""))
+    board = SummaryWriter(out / "tensorboard", purge_step=start) if SummaryWriter and main_process else None
     progress = tqdm(total=args.steps, initial=start, disable=not main_process, unit="step")
     clock, clock_step = time.perf_counter(), start
 
@@ -246,7 +258,7 @@ def main():
 
         done = step + 1
         progress.update()
-        if done % args.log_every == 0 or done == args.steps:
+        if done % args.log_every == 0 or done % args.checkpoint_every == 0 or done == args.steps:
             average_over_processes(list(totals.values()), world)
             line = {"step": done} | {k: v.item() for k, v in totals.items()} | {"grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"]}
             seconds = (time.perf_counter() - clock) / (done - clock_step)
@@ -257,6 +269,8 @@ def main():
                 line |= {"seconds_per_step": round(seconds, 4), "images_per_second": round(world * rows / seconds, 2)}
                 with open(out / "log.jsonl", "a") as log:
                     log.write(json.dumps(line) + "\n")
+                for key, value in line.items():
+                    board and board.add_scalar(key, value, done)
                 progress.set_postfix({k: f"{line[k]:.3f}" for k in ("lcd", "reward") if k in line})
         if main_process and (done % args.sample_every == 0 or done == args.steps):
             w = (args.w_min + args.w_max) / 2

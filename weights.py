@@ -32,14 +32,34 @@ def find_component(path, name):
     raise InputError(f"{path}: {what}; expected a model folder with {name}/config.json, or the {name} folder itself")
 
 
+def read_json(file):
+    """The JSON object in `file`."""
+    try:
+        raw = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: not readable as JSON ({error}); was the folder copied whole?") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{file}: holds {type(raw).__name__}, expected a JSON object; was the folder copied whole?")
+    return raw
+
+
+def load_tokenizer(folder):
+    """The CLIP tokenizer of a tokenizer/ folder (vocab.json and merges.txt, or tokenizer.json)."""
+    from transformers import CLIPTokenizer
+    folder = Path(folder)
+    if not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+        raise InputError(f"{folder}: no tokenizer there; expected vocab.json and merges.txt")
+    try:
+        return CLIPTokenizer.from_pretrained(folder)
+    except Exception as error:  # the tokenizers library raises bare Exceptions for broken files
+        raise InputError(f"{folder}: not a whole tokenizer ({error}); copy the folder again") from None
+
+
 def read_config(folder, config_class):
     """config.json -> `config_class`. Fields that the class does not know are let through only when `config_class.ignored`
     names them or they hold a value under which they do nothing (None, False, [] ...)."""
     file = Path(folder) / "config.json"
-    try:
-        raw = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: not readable as JSON ({error}); was the folder copied whole?") from None
+    raw = read_json(file)
     known = {field.name for field in dataclasses.fields(config_class)}
     for key, value in raw.items():
         if key in known or key.startswith("_") or key in config_class.ignored or value in config_class.inert.get(key, ()):
@@ -75,7 +95,8 @@ def load_strictly(module, file, may_lack=(), ignore=(), rename=lambda key: key):
 
 
 def load_component(module_class, path, name, dtype=None, device=None, may_lack=(), **overrides):
-    """Build `module_class` from the config.json of component `name` under `path`, on the meta device, and load it."""
+    """Build `module_class` from the config.json of component `name` under `path`, on the meta device, and load it. `dtype`
+    (float32 if not given) is that of the module, whatever the file holds."""
     folder = find_component(path, name)
     config = dataclasses.replace(read_config(folder, module_class.Config), **overrides)
     with torch.device("meta"):
@@ -85,8 +106,7 @@ def load_component(module_class, path, name, dtype=None, device=None, may_lack=(
         owner, attribute = key.rsplit(".", 1)
         shape = module.get_parameter(key).shape
         setattr(module.get_submodule(owner), attribute, torch.nn.Parameter(torch.zeros(shape)))
-    module.to(dtype=dtype, device=device)
-    return module.eval()
+    return module.to(dtype=dtype or torch.float32, device=device).eval()
 
 
 def save_component(module, folder, class_name, dtype=None, **extra):

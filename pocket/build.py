@@ -23,6 +23,7 @@ import io
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -437,6 +438,7 @@ def stage_student(args):
     train(args.work / "student", "--steps", str(args.student_steps), "--reward-scale", str(args.student_reward_scale))
     UNet.from_pretrained(args.work / "student/unet_target").save_pretrained(POCKET / "student", dtype=torch.float16)
     subprocess.run([sys.executable, str(POCKET.parent / "evaluate.py"), "--real", "--out", str(args.work / "shipped")], check=True)
+    shutil.copy(args.work / "shipped/grid.png", POCKET / "grid.png")
     results["shipped"] = json.loads((args.work / "shipped/results.json").read_text())
     (POCKET / "results.json").write_text(json.dumps(results, indent=1))
 
@@ -457,10 +459,10 @@ def main():
     parser.add_argument("--clip-steps", type=int, default=2500)
     parser.add_argument("--clip-batch", type=int, default=128)
     parser.add_argument("--text-steps", type=int, default=500)
-    parser.add_argument("--teacher-steps", type=int, default=5000)
+    parser.add_argument("--teacher-steps", type=int, default=2400)
     parser.add_argument("--teacher-batch", type=int, default=64)
     parser.add_argument("--student-steps", type=int, default=2000)
-    parser.add_argument("--student-reward-scale", type=float, default=0.2)
+    parser.add_argument("--student-reward-scale", type=float, default=0.3)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     for stage in STAGES if args.stages == "all" else args.stages.split(","):

@@ -1,0 +1,128 @@
+"""What the tests share: a tiny random model folder in the SD layout, a shard of random pictures, and a few helpers."""
+import io
+import json
+import shutil
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)
+
+import cli  # noqa: E402
+
+UNET = {"sample_size": 8, "block_out_channels": (16, 32, 32), "layers_per_block": 1, "cross_attention_dim": 32,
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), "attention_head_dim": (2, 4, 4),
+        "norm_num_groups": 8}
+VAE = {"block_out_channels": (16, 32, 32), "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 32}
+TEXT = {"vocab_size": 4096, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "max_position_embeddings": 32, "hidden_act": "gelu", "projection_dim": 32}
+CLIP = {"embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+        "text_cfg": {"context_length": 32, "vocab_size": 4096, "width": 32, "heads": 2, "layers": 1}}
+CAPTIONS = ["a red apple", "a smiling cat", "rocket", "a green heart", "house, home", "snow, cold", "moon", "a fish"]
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "cuda" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def rand(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def agree(ours, theirs, tolerance=1e-4, floor=0.0):
+    """Parity: the largest difference is at most `tolerance` of the largest value."""
+    assert ours.shape == theirs.shape
+    scale = max(theirs.abs().max().item(), floor)
+    assert (ours - theirs).abs().max().item() <= tolerance * scale
+
+
+@torch.no_grad()
+def randomize(module, seed=0):
+    """Move every parameter, norms and zero-initialised ones included, so that none of them can be forgotten unnoticed."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in module.parameters():
+        p += 0.05 * torch.randn(p.shape, generator=generator)
+    return module
+
+
+def call(main, *argv):
+    """Run a script's main() with these arguments, as the script does -> exit code. Any other exception fails the test."""
+    before, sys.argv = sys.argv, ["script.py", *map(str, argv)]
+    try:
+        cli.run(main)
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        sys.argv = before
+    return 0
+
+
+def make_text_encoder(folder, **changes):
+    from text_encoder import TextEncoder
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    config = CLIPTextConfig(**TEXT | changes, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    TextEncoder(randomize(CLIPTextModel(config)), tokenizer).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """vae/, text_encoder/, tokenizer/, unet/ (a teacher), student/, scheduler/ and reward/. Read only: copy it to change it."""
+    from reward import PocketReward
+    from transformers import CLIPTokenizer
+    from unet import UNet as Net, UNetConfig
+    from vae import VAE as AutoEncoder, VAEConfig
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiny")
+    shutil.copytree(ROOT / "pocket" / "tokenizer", folder / "tokenizer")
+    make_text_encoder(folder)
+    randomize(AutoEncoder(VAEConfig(**VAE))).save_pretrained(folder / "vae")
+    randomize(Net(UNetConfig(**UNET))).save_pretrained(folder / "unet")
+    randomize(Net(UNetConfig(**UNET, time_cond_proj_dim=256)), seed=1).save_pretrained(folder / "student")
+    randomize(PocketReward(CLIP, CLIPTokenizer.from_pretrained(folder / "tokenizer"))).save_pretrained(folder / "reward")
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(
+        {"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+         "num_train_timesteps": 1000, "prediction_type": "epsilon", "set_alpha_to_one": False, "steps_offset": 1}))
+    return folder
+
+
+@pytest.fixture
+def model_copy(model_folder, tmp_path):
+    """A model folder of the test's own, to break."""
+    return Path(shutil.copytree(model_folder, tmp_path / "model"))
+
+
+def write_shard(file, members):
+    """members: pairs of name and bytes."""
+    with tarfile.open(file, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return file
+
+
+def random_png(seed, size=(40, 48)):
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def shard(tmp_path_factory):
+    """One tar of eight random pictures, 40x48, with captions."""
+    pairs = [(random_png(i), caption.encode()) for i, caption in enumerate(CAPTIONS)]
+    members = [(f"{i:04d}.{suffix}", data) for i, pair in enumerate(pairs) for suffix, data in zip(("png", "txt"), pair)]
+    return write_shard(tmp_path_factory.mktemp("shards") / "train-000.tar", members)

@@ -1,0 +1,130 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from conftest import CAPTIONS, agree, call, random_png, write_shard
+from data import Shards, StepSampler, batches, load_picture
+from vae import VAE
+from weights import InputError
+
+
+def rows(count=10, seed=0, first=0, last=12, rows=4, **where):
+    return list(StepSampler(count, seed, first, last, rows, **where))
+
+
+def test_order_is_a_pure_function_of_seed_and_position():
+    assert rows() == rows()
+    assert rows() != rows(seed=1)
+    assert rows(first=5) == rows()[5:]  # resumed = uninterrupted
+
+
+def test_ranks_together_draw_what_one_process_with_the_doubled_batch_draws():
+    first, second = (rows(rows=2, rank=rank, world=2) for rank in (0, 1))
+    assert [a + b for a, b in zip(first, second)] == rows()
+
+
+def test_each_epoch_sees_every_sample_once_and_in_another_order():
+    stream = sum(rows(last=10), [])  # 4 epochs of 10, which are not whole numbers of steps
+    epochs = [stream[i:i + 10] for i in range(0, 40, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_a_batch_larger_than_the_data_set_works():
+    assert sorted(rows(count=3, rows=6, last=1)[0]) == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_resumed_batches_equal_uninterrupted_ones(workers, shard):
+    shards = Shards(shard, 16)
+    whole, resumed = list(batches(shards, 7, 0, 4, 3, workers=workers)), list(batches(shards, 7, 2, 4, 3, workers=workers))
+    for (images, captions), (images_2, captions_2) in zip(whole[2:], resumed, strict=True):
+        assert torch.equal(images, images_2) and captions == captions_2
+
+
+def test_pictures_and_their_own_captions_are_read(shard):
+    shards = Shards(shard, 40)
+    assert len(shards) == len(CAPTIONS) and not shards.encoded
+    for i, caption in enumerate(CAPTIONS):
+        image, text = shards[i]
+        assert text == caption and image.shape == (3, 40, 40)
+        middle = np.array(Image.open(io.BytesIO(random_png(i))))[:, 4:44]  # centre crop
+        agree(image, torch.from_numpy(middle).permute(2, 0, 1) / 127.5 - 1, 1e-6)
+
+
+def test_pictures_are_resized_and_transparency_is_white():
+    buffer = io.BytesIO()
+    Image.new("RGBA", (50, 30), (255, 0, 0, 0)).save(buffer, "PNG")
+    picture = load_picture(buffer.getvalue(), 16)
+    assert picture.shape == (3, 16, 16) and (picture == 1).all()
+
+
+def test_a_folder_and_a_glob_give_the_same_as_the_tar(shard):
+    assert Shards(shard.parent, 16).samples == Shards(shard.parent / "*.tar", 16).samples == Shards(shard, 16).samples
+
+
+def test_missing_shards_are_refused_by_name(tmp_path):
+    with pytest.raises(InputError, match="nothing-\\*.tar"):
+        Shards(tmp_path / "nothing-*.tar", 16)
+
+
+@pytest.mark.parametrize("content", ["cut", "text", "empty"])
+def test_a_broken_tar_is_refused_by_name(content, shard, tmp_path):
+    whole = shard.read_bytes()
+    file = tmp_path / "broken.tar"
+    file.write_bytes({"cut": whole[:len(whole) // 2], "text": b"<html>not found</html>" * 100, "empty": b""}[content])
+    with pytest.raises(InputError, match=str(file)):
+        Shards(file, 16)
+
+
+def test_a_tar_cut_inside_a_header_is_refused_by_name(shard, tmp_path):
+    file = tmp_path / "broken.tar"
+    place = Shards(shard, 16).samples[4][1][0] - 512  # the header of the fifth picture
+    file.write_bytes(shard.read_bytes()[:place + 100])
+    with pytest.raises(InputError, match=str(file)):
+        Shards(file, 16)
+
+
+def test_a_tar_without_pairs_is_refused_by_name(tmp_path):
+    file = write_shard(tmp_path / "pairless.tar", [("a.png", random_png(0)), ("b.txt", b"words")])
+    with pytest.raises(InputError, match="pairless.tar.* no pairs"):
+        Shards(file, 16)
+
+
+def flip_bit(png):
+    place = png.index(b"IDAT") + 40
+    return png[:place] + bytes([png[place] ^ 255]) + png[place + 1:]
+
+
+@pytest.mark.parametrize("spoil", [lambda png: png[:200], flip_bit, lambda png: b"", lambda png: png.replace(b"IHDR", b"IHDX")],
+                         ids=["cut", "flipped bit", "empty", "no header"])
+def test_an_unreadable_picture_is_refused_by_the_name_of_its_shard(spoil, tmp_path):
+    file = write_shard(tmp_path / "bad.tar", [("a.png", spoil(random_png(0))), ("a.txt", b"words")])
+    with pytest.raises(InputError, match=str(file)):
+        Shards(file, 16)[0]
+
+
+@torch.no_grad()
+def test_encoded_shards_hold_the_vaes_posterior(shard, model_folder, tmp_path):
+    code = call(data.main, "--data", shard, "--out", tmp_path / "encoded", "--model", model_folder, "--resolution", 32,
+                "--batch", 3, "--device", "cpu", "--precision", "fp32")
+    assert code == 0
+    pictures, encoded = Shards(shard, 32), Shards(tmp_path / "encoded", 32)
+    assert encoded.encoded and len(encoded) == len(pictures)
+    assert [f.name for f in (tmp_path / "encoded").iterdir()] == [shard.name]
+    vae = VAE.from_pretrained(model_folder)
+    for (image, caption), (posterior, caption_2) in zip((pictures[i] for i in range(8)), (encoded[i] for i in range(8))):
+        assert caption == caption_2 and posterior.dtype == torch.float32
+        agree(posterior, torch.cat(vae.posterior(image[None])), 1e-3)  # float16 keeps 11 bits
+
+
+def test_pictures_mixed_with_latents_are_refused(shard, tmp_path):
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros((2, 4, 4, 4), np.float16))
+    write_shard(tmp_path / "mixed.tar", [("a.npy", buffer.getvalue()), ("a.txt", b"a"), ("b.png", random_png(0)), ("b.txt", b"b")])
+    with pytest.raises(InputError, match="one kind"):
+        Shards(tmp_path / "mixed.tar", 16)

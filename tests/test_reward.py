@@ -1,0 +1,94 @@
+import shutil
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from conftest import CLIP, agree, rand
+from reward import load_reward
+from weights import WEIGHTS, InputError
+
+PROMPTS = ["a red apple", "rocket", "a fish"]
+
+
+@pytest.fixture(scope="module")
+def reward(model_folder):
+    return load_reward(f"pocket={model_folder}")
+
+
+def pictures(*size):
+    return rand(3, 3, *size).mul(0.3).add(0.5).clamp(0, 1)
+
+
+@torch.no_grad()
+def test_scores_equal_open_clip(reward, model_folder):
+    clip = open_clip.CLIP(**CLIP).eval()
+    clip.load_state_dict(load_file(model_folder / "reward" / WEIGHTS))
+    images = pictures(32, 32)
+    image, text = clip.encode_image(images * 2 - 1), clip.encode_text(reward.tokenize(PROMPTS))
+    scores = reward(images, PROMPTS)
+    agree(scores, F.cosine_similarity(image, text))
+    assert scores.dtype == torch.float32 and scores.shape == (3,)
+
+
+@pytest.mark.parametrize("size", [(48, 48), (64, 40), (16, 16)], ids=str)
+@torch.no_grad()
+def test_other_sizes_are_resized_antialiased(size, reward):
+    images = pictures(*size)
+    resized = F.interpolate(images, (32, 32), mode="bicubic", antialias=True)
+    agree(reward(images, PROMPTS), reward(resized, PROMPTS), 1e-5)
+
+
+def test_gradient_to_the_image_equals_finite_differences(model_folder):
+    reward = load_reward(f"pocket={model_folder}", dtype=torch.float64)
+    text = reward.text_features(PROMPTS)
+    score = lambda x: (reward.image_features(x) * text).sum()
+    images, direction, h = pictures(32, 32).double().requires_grad_(), rand(3, 3, 32, 32, seed=1).double(), 1e-5
+    score(images).backward()
+    with torch.no_grad():
+        slope = (score(images + h * direction) - score(images - h * direction)) / (2 * h)
+    assert (images.grad * direction).sum().item() == pytest.approx(slope.item(), rel=1e-4)
+    again = pictures(32, 32).double().requires_grad_()
+    reward(again, PROMPTS).sum().backward()
+    agree(again.grad, images.grad)
+
+
+def test_weights_are_frozen_and_get_no_gradient(reward):
+    images = pictures(32, 32).requires_grad_()
+    reward(images, PROMPTS).sum().backward()
+    assert images.grad.abs().max() > 0
+    assert not reward.training and all(p.grad is None and not p.requires_grad for p in reward.parameters())
+
+
+@torch.no_grad()
+def test_save_then_load_is_exact(reward, model_folder, tmp_path):
+    reward.save_pretrained(tmp_path / "reward")
+    shutil.copytree(model_folder / "tokenizer", tmp_path / "tokenizer")
+    assert torch.equal(load_reward(f"pocket={tmp_path}")(pictures(32, 32), PROMPTS), reward(pictures(32, 32), PROMPTS))
+
+
+def test_a_half_precision_file_scores_in_float32(reward, model_folder, tmp_path):
+    reward.save_pretrained(tmp_path / "reward", dtype=torch.float16)
+    shutil.copytree(model_folder / "tokenizer", tmp_path / "tokenizer")
+    agree(load_reward(f"pocket={tmp_path}")(pictures(32, 32), PROMPTS), reward(pictures(32, 32), PROMPTS), 1e-2)
+
+
+@pytest.mark.parametrize("spec", ["hpsv2", "none", "pocket=/no/such/folder"])
+def test_unknown_reward_is_refused(spec):
+    with pytest.raises(InputError, match=spec.removeprefix("pocket=")):
+        load_reward(spec)
+
+
+def test_one_prompt_an_image_is_required(reward):
+    with pytest.raises(InputError, match="3 images for 2 prompts"):
+        reward(pictures(32, 32), PROMPTS[:2])
+
+
+@pytest.mark.parametrize("name, size, named", [(WEIGHTS, 1000, WEIGHTS), ("config.json", 30, "config.json")])
+def test_truncated_files_are_refused_by_name(name, size, named, model_copy):
+    file = model_copy / "reward" / name
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(InputError, match=named):
+        load_reward(f"pocket={model_copy}")

@@ -1,0 +1,135 @@
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+from conftest import ROOT, agree, call, make_text_encoder
+from sample import Model
+from text_encoder import TextEncoder
+from unet import UNet
+from vae import VAE
+from weights import WEIGHTS
+
+PROMPTS = ["a red apple", "rocket", "a fish"]
+
+
+@pytest.fixture
+def cli(model_folder, tmp_path):
+    """sample.py on the tiny model: cli("--steps", 4, model=...) -> exit code."""
+    def run(*argv, model=model_folder, out=tmp_path / "out"):
+        return call(sample.main, "--model", model, "--out", out, "--device", "cpu", "--precision", "fp32", *argv)
+    return run
+
+
+def prompts(*several):
+    return [word for prompt in several for word in ("--prompt", prompt)]
+
+
+@pytest.mark.parametrize("solver, steps, folder", [("lcm", 3, "student"), ("ddim", 3, "unet")])
+def test_a_picture_does_not_depend_on_its_batch(solver, steps, folder, model_folder):
+    model = Model(model_folder, torch.device("cpu"), torch.float32)
+    unet = UNet.from_pretrained(model_folder / folder)
+    together = model.draw(unet, PROMPTS, [5, 6, 7], steps, 4.0, solver)
+    assert together.shape == (3, 3, 32, 32) and 0 <= together.min() and together.max() <= 1
+    for i in range(3):
+        alone = model.draw(unet, PROMPTS[i:i + 1], [5 + i], steps, 4.0, solver)
+        agree(alone, together[i:i + 1])
+    assert not torch.equal(together[0], model.draw(unet, PROMPTS[:1], [6], steps, 4.0, solver)[0])
+
+
+def test_pngs_hold_prompt_seed_and_steps_and_a_grid_is_written(cli, tmp_path):
+    assert cli(*prompts("a red apple", "lapin blånc 🐇"), "--n", 2, "--seed", 40, "--steps", 4, "--batch", 3) == 0
+    files = sorted(f.name for f in (tmp_path / "out").iterdir())
+    assert files == [f"{i:05d}.png" for i in range(4)] + ["grid.png"]
+    pictures = [Image.open(tmp_path / "out" / name) for name in files]
+    assert [p.text["prompt"] for p in pictures[:4]] == ["a red apple"] * 2 + ["lapin blånc 🐇"] * 2
+    assert [p.text["seed"] for p in pictures[:4]] == ["40", "41", "40", "41"]
+    assert {p.text["steps"] for p in pictures} == {"4"} and pictures[4].size == (64, 64)
+    whole = np.array(pictures[4])
+    for i, (y, x) in enumerate([(0, 0), (0, 32), (32, 0), (32, 32)]):
+        assert np.array_equal(whole[y:y + 32, x:x + 32], np.array(pictures[i]))
+
+
+def test_the_same_command_draws_the_same_picture(cli, tmp_path):
+    for name in ("a", "b"):
+        assert cli(*prompts("rocket"), "--seed", 3, out=tmp_path / name) == 0
+    assert (tmp_path / "a/00000.png").read_bytes() == (tmp_path / "b/00000.png").read_bytes()
+    assert [f.name for f in (tmp_path / "a").iterdir()] == ["00000.png"]  # one picture needs no grid
+
+
+def test_prompts_file_and_size(cli, tmp_path):
+    (tmp_path / "prompts.txt").write_text("rocket\n\na fish\n")
+    assert cli("--prompts", tmp_path / "prompts.txt", "--size", "48x32") == 0
+    pictures = [Image.open(tmp_path / "out" / f"{i:05d}.png") for i in range(2)]
+    assert [p.text["prompt"] for p in pictures] == ["rocket", "a fish"] and {p.size for p in pictures} == {(32, 48)}
+
+
+def test_the_teacher_is_sampled_with_ddim(cli):
+    assert cli(*prompts("rocket"), "--solver", "ddim", "--steps", 3) == 0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_model_folder_in_half_precision_gives_the_same_picture(precision, cli, model_copy, tmp_path):
+    assert cli(*prompts("rocket"), out=tmp_path / "full") == 0
+    VAE.from_pretrained(model_copy).save_pretrained(model_copy / "vae", dtype=torch.float16)
+    TextEncoder.from_pretrained(model_copy).save_pretrained(model_copy, dtype=torch.float16)
+    UNet.from_pretrained(model_copy / "student").save_pretrained(model_copy / "student", dtype=torch.float16)
+    assert cli(*prompts("rocket"), "--precision", precision, model=model_copy, out=tmp_path / "half") == 0
+    full, half = (np.array(Image.open(tmp_path / name / "00000.png")).astype(int) for name in ("full", "half"))
+    assert np.abs(full - half).mean() < 4  # of 255
+
+
+def cut(file, size):
+    file.write_bytes(file.read_bytes()[:size])
+
+
+WRONG = {
+    "no steps": (["--steps", 0], None, "0"),
+    "more steps than the grid": (["--steps", 51], None, "51"),
+    "unknown solver": (["--solver", "euler"], None, "euler"),
+    "no steps of ddim": (["--solver", "ddim", "--steps", 0], None, "0"),
+    "teacher as student": (["--unet", "MODEL/unet"], None, "teacher"),
+    "size that does not divide": (["--size", "33x32"], None, "33x32"),
+    "size that is no size": (["--size", "big"], None, "big"),
+    "no size at all": (["--size", "0x32"], None, "0x32"),
+    "no such prompts file": (["--prompts", "MODEL/none.txt"], None, "none.txt"),
+    "prompts file that is no text": (["--prompts", "MODEL/vae/" + WEIGHTS], None, WEIGHTS),
+    "no such device": (["--device", "warp"], None, "warp"),
+    "no pictures": (["--n", 0], None, "--n 0"),
+    "out is a file": (["--out", "MODEL/vae/config.json"], None, "config.json"),
+    "out under a file": (["--out", "MODEL/vae/config.json/x"], None, "config.json"),
+    "no such model": (["--model", "MODEL/none"], None, "none"),
+    "no such student": (["--unet", "MODEL/none"], None, "none"),
+    "no tokenizer": ([], lambda m: shutil.rmtree(m / "tokenizer"), "tokenizer"),
+    "no student": ([], lambda m: shutil.rmtree(m / "student"), "student"),
+    "half a VAE": ([], lambda m: cut(m / "vae" / WEIGHTS, 5000), WEIGHTS),
+    "half a student": ([], lambda m: cut(m / "student" / WEIGHTS, 5000), WEIGHTS),
+    "half a VAE config": ([], lambda m: cut(m / "vae/config.json", 20), "config.json"),
+    "half a text encoder config": ([], lambda m: cut(m / "text_encoder/config.json", 20), "config.json"),
+    "half a scheduler config": ([], lambda m: cut(m / "scheduler/scheduler_config.json", 20), "scheduler_config.json"),
+    "half a vocabulary": ([], lambda m: cut(m / "tokenizer/vocab.json", 2000), "tokenizer"),
+    "text encoder of another width": ([], lambda m: make_text_encoder(m, hidden_size=48), "cross_attention_dim 32"),
+    "text encoder with another vocabulary": ([], lambda m: make_text_encoder(m, vocab_size=1000), "1000"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_one_line_and_exit_code_2(case, cli, model_copy, capsys):
+    argv, spoil, named = WRONG[case]
+    if spoil:
+        spoil(model_copy)
+    code = cli(*prompts("rocket"), *(str(a).replace("MODEL", str(model_copy)) for a in argv), model=model_copy)
+    message = capsys.readouterr().err
+    assert code == 2 and named in message and "Traceback" not in message
+
+
+def test_the_script_itself_exits_with_2_and_one_line(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "sample.py", "--model", tmp_path / "none", "--out", tmp_path], cwd=tmp_path,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

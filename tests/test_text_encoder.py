@@ -1,0 +1,79 @@
+import shutil
+
+import pytest
+import torch
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from conftest import agree, make_text_encoder
+from sample import Model
+from text_encoder import TextEncoder
+from unet import UNet
+from weights import InputError
+
+PROMPTS = ["a red apple", "", "house, " * 60]
+
+
+@torch.no_grad()
+def test_equals_transformers_last_hidden_state(model_folder):
+    ids = CLIPTokenizer.from_pretrained(model_folder / "tokenizer")(
+        PROMPTS, padding="max_length", truncation=True, max_length=32, return_tensors="pt").input_ids
+    theirs = CLIPTextModel.from_pretrained(model_folder / "text_encoder").eval()(input_ids=ids).last_hidden_state
+    agree(TextEncoder.from_pretrained(model_folder)(PROMPTS), theirs)
+
+
+def test_prompts_are_padded_and_cut_to_the_tokenizers_length(model_folder):
+    encoder = TextEncoder.from_pretrained(model_folder)
+    end = encoder.tokenizer.eos_token_id
+    short, empty, long = encoder.tokenize(PROMPTS).tolist()
+    assert len(short) == len(empty) == len(long) == 32
+    assert empty[1:] == [end] * 31 and short[-1] == end and long.count(end) == 1 and long[-1] == end
+    assert encoder(PROMPTS).shape == (3, 32, 32)
+
+
+@torch.no_grad()
+def test_a_prompts_embedding_does_not_depend_on_its_batch(model_folder):
+    encoder = TextEncoder.from_pretrained(model_folder)
+    agree(encoder(PROMPTS)[:1], encoder(PROMPTS[:1]), 1e-5)
+
+
+@torch.no_grad()
+def test_save_then_load_is_exact(model_folder, tmp_path):
+    encoder = TextEncoder.from_pretrained(model_folder)
+    encoder.save_pretrained(tmp_path)
+    shutil.copytree(model_folder / "tokenizer", tmp_path / "tokenizer")
+    assert torch.equal(TextEncoder.from_pretrained(tmp_path)(PROMPTS), encoder(PROMPTS))
+
+
+@torch.no_grad()
+def test_wrong_token_ids_in_the_config_file_do_no_harm(model_folder, model_copy):
+    file = model_copy / "text_encoder" / "config.json"
+    file.write_text(file.read_text().rstrip().removesuffix("}").rstrip() + ', "eos_token_id": 2, "bos_token_id": 0, "pad_token_id": 1}')
+    assert torch.equal(TextEncoder.from_pretrained(model_copy)(PROMPTS), TextEncoder.from_pretrained(model_folder)(PROMPTS))
+
+
+def test_width_that_does_not_match_the_unet_is_reported(model_copy):
+    make_text_encoder(model_copy, hidden_size=48)
+    model = Model(model_copy, torch.device("cpu"), torch.float32)
+    with pytest.raises(InputError, match="cross_attention_dim 32.* 48"):
+        model.check(UNet.from_pretrained(model_copy), model_copy / "unet")
+
+
+def spoil(file, change):
+    file.write_bytes(change(file.read_bytes()))
+
+
+BROKEN = {
+    "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), "tokenizer"),
+    "no weights": (lambda f: (f / "text_encoder/model.safetensors").unlink(), "model.safetensors"),
+    "truncated weights": (lambda f: spoil(f / "text_encoder/model.safetensors", lambda b: b[:-10]), "model.safetensors"),
+    "truncated config": (lambda f: spoil(f / "text_encoder/config.json", lambda b: b[:30]), "config.json"),
+    "too few positions": (lambda f: spoil(f / "text_encoder/config.json", lambda b: b.replace(b'"max_position_embeddings": 32', b'"max_position_embeddings": 16')), "32"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_folder_that_does_not_fit_is_refused_by_name(case, model_copy):
+    change, named = BROKEN[case]
+    change(model_copy)
+    with pytest.raises(InputError, match=named):
+        TextEncoder.from_pretrained(model_copy)

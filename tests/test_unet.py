@@ -1,0 +1,168 @@
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+
+from conftest import UNET, agree, rand, randomize
+from lcm_solver import NoiseSchedule, ScheduleConfig, guidance_embedding
+from unet import UNet, UNetConfig
+from weights import WEIGHTS, InputError
+
+
+def inputs(h=8, w=8, width=32):
+    return rand(2, 4, h, w, seed=1), torch.tensor([3, 981]), rand(2, 7, width, seed=2)
+
+
+def outputs_and_gradients(net, call, latents):
+    """-> output, {name: gradient} of a fixed random projection of the output."""
+    latents = latents.clone().requires_grad_()
+    out = call(latents)
+    (out * rand(*out.shape, seed=3)).sum().backward()
+    gradients = {name: p.grad for name, p in net.named_parameters()}
+    assert all(g is not None for g in gradients.values())
+    return out.detach(), gradients | {"latents": latents.grad}
+
+
+def assert_same(first, second):
+    agree(first[0], second[0])
+    assert first[1].keys() == second[1].keys()
+    floor = 1e-3 * max(g.abs().max().item() for g in second[1].values())  # some gradients are zero but for rounding
+    for name in second[1]:
+        agree(first[1][name], second[1][name], floor=floor)
+
+
+VARIANTS = {
+    "linear": {},
+    "conv projections": {"use_linear_projection": False},
+    "2.1-768": {"upcast_attention": True, "layers_per_block": 2},
+    "one head count": {"attention_head_dim": 4},
+    "text at low resolution only": {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+                                    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")},
+}
+
+
+@pytest.mark.parametrize("size", [(8, 8), (12, 20), (13, 21)], ids=str)
+@pytest.mark.parametrize("student", [False, True], ids=["teacher", "student"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_forward_and_backward_equal_diffusers(variant, student, size, tmp_path):
+    torch.manual_seed(0)
+    config = UNetConfig(**UNET | VARIANTS[variant], time_cond_proj_dim=256 if student else None)
+    randomize(UNet(config)).save_pretrained(tmp_path / "unet")
+    ours, theirs = UNet.from_pretrained(tmp_path / "unet"), UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+    latents, t, context = inputs(*size)
+    w = guidance_embedding(torch.tensor([5.0, 14.0])) if student else None
+    assert_same(outputs_and_gradients(ours, lambda z: ours(z, t, context, w), latents),
+                outputs_and_gradients(theirs, lambda z: theirs(z, t, context, timestep_cond=w).sample, latents))
+
+
+def test_default_is_sd21_with_865_910_724_parameters_and_diffusers_keys():
+    with torch.device("meta"):
+        ours = UNet()
+        theirs = UNet2DConditionModel(
+            sample_size=64, cross_attention_dim=1024, attention_head_dim=[5, 10, 20, 20], use_linear_projection=True)
+    assert sum(p.numel() for p in ours.parameters()) == 865_910_724
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+
+
+def test_student_equals_teacher_at_step_zero(model_folder):
+    teacher, student = UNet.from_pretrained(model_folder), UNet.from_pretrained(model_folder, w_embed_dim=256)
+    assert student.config.time_cond_proj_dim == 256 and not student.time_embedding.cond_proj.weight.any()
+    latents, t, context = inputs()
+    expected = teacher(latents, t, context)
+    for w in (0.0, 5.0, 14.0):
+        out = student(latents, t, context, guidance_embedding(torch.full((2,), w)))
+        assert torch.equal(out, expected)
+    schedule = NoiseSchedule(ScheduleConfig())
+    assert torch.equal(schedule.to_x0(out, latents, t), schedule.to_x0(expected, latents, t))
+
+
+def test_w_changes_a_trained_student(model_folder):
+    student = UNet.from_pretrained(model_folder / "student")
+    latents, t, context = inputs()
+    a, b = (student(latents, t, context, guidance_embedding(torch.full((2,), w))) for w in (5.0, 14.0))
+    assert (a - b).abs().max() > 1e-3 * a.abs().max()
+
+
+def test_save_then_load_is_exact(model_folder, tmp_path):
+    first = UNet.from_pretrained(model_folder / "student")
+    first.save_pretrained(tmp_path / "again")
+    second = UNet.from_pretrained(tmp_path / "again")
+    assert second.config == first.config
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+    assert [f.name for f in tmp_path.iterdir()] == ["again"]  # nothing left over
+
+
+def test_half_precision_file_loads_at_the_dtype_asked_for(model_folder, tmp_path):
+    UNet.from_pretrained(model_folder).save_pretrained(tmp_path / "unet", dtype=torch.float16)
+    assert {v.dtype for v in load_file(tmp_path / "unet" / WEIGHTS).values()} == {torch.float16}
+    assert {p.dtype for p in UNet.from_pretrained(tmp_path / "unet", dtype=torch.float32).parameters()} == {torch.float32}
+
+
+def edit_weights(change):
+    def apply(folder):
+        state = load_file(folder / WEIGHTS)
+        change(state)
+        save_file(state, folder / WEIGHTS)
+    return apply
+
+
+def edit_config(**changes):
+    def apply(folder):
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return apply
+
+
+def cut(name, size):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
+
+
+KEY = "down_blocks.0.attentions.0.proj_in.weight"
+BROKEN = {
+    "missing tensor": (edit_weights(lambda s: s.pop(KEY)), [WEIGHTS, KEY]),
+    "surplus tensor": (edit_weights(lambda s: s.update(extra=torch.zeros(1))), [WEIGHTS, "extra"]),
+    "renamed tensor": (edit_weights(lambda s: s.update(renamed=s.pop(KEY))), [WEIGHTS, KEY]),
+    "misshapen tensor": (edit_weights(lambda s: s.update({KEY: torch.zeros(3)})), [WEIGHTS, KEY, "(3,)"]),
+    "a student's cond_proj in a teacher": (edit_weights(lambda s: s.update({"time_embedding.cond_proj.weight": torch.zeros(16, 256)})),
+                                           [WEIGHTS, "time_embedding.cond_proj.weight"]),
+    "truncated weights": (cut(WEIGHTS, 10_000), [WEIGHTS]),
+    "empty weights": (cut(WEIGHTS, 0), [WEIGHTS]),
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), [WEIGHTS]),
+    "no config": (lambda folder: (folder / "config.json").unlink(), ["config.json"]),
+    "truncated config": (cut("config.json", 50), ["config.json"]),
+    "unknown config field": (edit_config(addition_embed_type="text"), ["config.json", "addition_embed_type"]),
+    "a value we do not build": (edit_config(act_fn="gelu"), ["config.json", "act_fn"]),
+    "unknown block": (edit_config(down_block_types=["AttnDownBlock2D"] * 3), ["AttnDownBlock2D"]),
+    "another width": (edit_config(cross_attention_dim=48), [WEIGHTS, "attn2.to_k"]),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_folder_that_does_not_fit_is_refused_by_name(case, model_folder, tmp_path):
+    spoil, named = BROKEN[case]
+    folder = shutil.copytree(model_folder / "unet", tmp_path / "unet")
+    spoil(folder)
+    with pytest.raises(InputError) as error:
+        UNet.from_pretrained(folder)
+    assert all(name in str(error.value) for name in [str(tmp_path)] * (case != "unknown block") + named)
+
+
+def test_only_cond_proj_may_be_absent_from_a_student(model_folder, tmp_path):
+    folder = shutil.copytree(model_folder / "unet", tmp_path / "unet")
+    edit_weights(lambda s: s.pop(KEY))(folder)
+    with pytest.raises(InputError, match=KEY):
+        UNet.from_pretrained(folder, w_embed_dim=256)
+
+
+def test_checkpointing_gives_the_same_gradients(model_folder):
+    student = UNet.from_pretrained(model_folder / "student")
+    latents, t, context = inputs()
+    w = guidance_embedding(torch.tensor([5.0, 14.0]))
+    run = lambda: outputs_and_gradients(student, lambda z: student(z, t, context, w), latents)
+    plain = run()
+    student.zero_grad()
+    student.checkpointing = True
+    assert_same(run(), plain)
