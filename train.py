@@ -49,7 +49,7 @@ class Config:
     resolution: int = option(64, "side of the training pictures in pixels")
     batch_size: int = option(32, "pictures per process in one pass")
     grad_accum: int = option(1, "passes per optimizer step")
-    steps: int = option(500, "optimizer steps")
+    steps: int = option(300, "optimizer steps")
     lr: float = option(3e-4, "learning rate (published SD2.1 recipe: 1e-6, constant)")
     lr_schedule: str = option("cosine", "after a warm-up of 20 steps", choices=("constant", "cosine"))
     seed: int = option(0, "seed of everything random")

@@ -461,7 +461,7 @@ def main():
     parser.add_argument("--text-steps", type=int, default=500)
     parser.add_argument("--teacher-steps", type=int, default=2400)
     parser.add_argument("--teacher-batch", type=int, default=64)
-    parser.add_argument("--student-steps", type=int, default=2000)
+    parser.add_argument("--student-steps", type=int, default=1000)
     parser.add_argument("--student-reward-scale", type=float, default=0.3)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
