@@ -41,6 +41,8 @@ sys.path.insert(0, str(POCKET.parent))
 SIZE = 64
 HELD_OUT = 256  # of 3,373: as many as the retrieval among 256 prompts needs
 VOCABULARY = 4096
+STEPS = {"vae": 4500, "judge": 2000, "reward": 900, "text": 500, "teacher": 2400, "student": 1000}  # times --scale
+BATCH = {"vae": 16, "judge": 128, "reward": 96, "text": 128, "teacher": 64}
 
 
 # ---------------------------------------------------------------- data
@@ -120,10 +122,11 @@ def stage_tokenizer(args):
 
 # ---------------------------------------------------------------- training, shared by the stages
 
-def fit(name, args, modules, loss_of_step, steps, lr, ema=None, weight_decay=0.01, warmup=200, report=None):
-    """AdamW with warm-up and cosine decay over `steps`. `modules` is a dict name -> (module, lr factor). State goes to
+def fit(name, args, modules, loss_of_step, lr, ema=None, weight_decay=0.01, warmup=200):
+    """AdamW with warm-up and cosine decay over STEPS[name]. `modules` is a dict name -> (module, lr factor). State goes to
     args.work/{name}.pt every two minutes, so that the same command resumes. Ends with the EMA weights in the modules."""
     from cli import fast_attention
+    steps = max(1, round(STEPS[name] * args.scale))
     file = args.work / f"{name}.pt"
     groups = [{"params": list(m.parameters()), "factor": factor} for m, factor in modules.values()]
     parameters = [p for g in groups for p in g["params"]]
@@ -164,8 +167,6 @@ def fit(name, args, modules, loss_of_step, steps, lr, ema=None, weight_decay=0.0
             print(f"{name}: step {step + 1}/{steps}  loss {torch.stack(losses).mean():.4f}  {seconds:.3f} s/step  "
                   f"{seconds * (steps - step - 1) / 60:.1f} min left", flush=True)
             losses.clear()
-        if report and (step + 1) % 1000 == 0:
-            report()
         if time.time() - saved > 120:
             save(step + 1)
             saved = time.time()
@@ -234,11 +235,11 @@ def stage_vae(args):
     compiled = torch.compile(loss_on)
 
     def loss_of_step(step, generator):
-        pictures = augment(images[draw(len(images), args.vae_batch, generator)], generator, flip=True)
-        noise = torch.randn(args.vae_batch, 4, SIZE // 4, SIZE // 4, generator=generator)
+        pictures = augment(images[draw(len(images), BATCH["vae"], generator)], generator, flip=True)
+        noise = torch.randn(BATCH["vae"], 4, SIZE // 4, SIZE // 4, generator=generator)
         return compiled(pictures.to(args.device, memory_format=torch.channels_last), noise.to(args.device))
 
-    fit("vae", args, {"vae": (vae, 1.0)}, loss_of_step, args.vae_steps, 2e-3, ema=0.999)
+    fit("vae", args, {"vae": (vae, 1.0)}, loss_of_step, 2e-3, ema=0.999)
     vae.eval()
     whiten(vae, images, args)
     held_out = read_split("heldout")[0].to(args.device).float() / 127.5 - 1
@@ -301,7 +302,7 @@ def stage_clip(name, args):
         return clip_loss(image, text, model.clip.logit_scale)
 
     def loss_of_step(step, generator):
-        chosen = torch.randperm(len(images), generator=generator)[:args.clip_batch]
+        chosen = torch.randperm(len(images), generator=generator)[:BATCH[name]]
         pictures = warp(images[chosen], generator).to(args.device)
         ids = model.tokenize(vary([captions[i] for i in chosen], random.Random(step))).to(args.device)
         if name == "reward":  # noise and blur, so that the score of a picture does not hang on its last bit
@@ -309,7 +310,7 @@ def stage_clip(name, args):
             pictures = pictures + noise.to(args.device)
         return loss_on(pictures, ids)
 
-    fit(name, args, {"clip": (model.clip, 1.0)}, loss_of_step, args.clip_steps, 1e-3, ema=0.998, weight_decay=0.1)
+    fit(name, args, {"clip": (model.clip, 1.0)}, loss_of_step, 1e-3, ema=0.998, weight_decay=0.1)
     if name == "judge":
         settle_batch_norm(model.clip, images, args)
     model.eval()
@@ -382,12 +383,12 @@ def stage_teacher(args):
             return clip_loss(F.normalize(image_tower(z), dim=-1), F.normalize(text, dim=-1), scale[0])
 
     def contrast_of_step(step, generator):
-        chosen = draw(len(captions), 128, generator)
+        chosen = draw(len(captions), BATCH["text"], generator)
         ids = text_encoder.tokenize(vary([captions[i] for i in chosen], random.Random(step)))
         return contrast(ids.to(args.device), latents[chosen.to(args.device)])
 
     fit("text", args, {"text": (model, 1.0), "image": (image_tower, 1.0), "head": (head, 1.0), "scale": (scale, 1.0)},
-        contrast_of_step, args.text_steps, 7e-4, weight_decay=0.1)
+        contrast_of_step, 7e-4, weight_decay=0.1)
 
     unet, schedule = UNet(UNetConfig(**UNET)).to(args.device), NoiseSchedule(device=args.device)
     print(f"teacher: UNet {sum(p.numel() for p in unet.parameters()) / 1e6:.1f} M, "
@@ -405,7 +406,7 @@ def stage_teacher(args):
     compiled = torch.compile(denoise, options={"pattern_matcher": False} if args.device == "cpu" else None)
 
     def denoise_of_step(step, generator):
-        chosen = draw(len(captions), args.teacher_batch, generator)
+        chosen = draw(len(captions), BATCH["teacher"], generator)
         rng = random.Random(step)
         prompts = ["" if rng.random() < 0.1 else c for c in vary([captions[i] for i in chosen], rng)]
         noise = torch.randn(len(chosen), *latents.shape[1:], generator=generator)
@@ -413,7 +414,7 @@ def stage_teacher(args):
         return compiled(text_encoder.tokenize(prompts).to(args.device), latents[chosen.to(args.device)],
                         noise.to(args.device), t.to(args.device))
 
-    fit("teacher", args, {"unet": (unet, 1.0), "text": (model, 0.3)}, denoise_of_step, args.teacher_steps, 1e-3, ema=0.999)
+    fit("teacher", args, {"unet": (unet, 1.0), "text": (model, 0.3)}, denoise_of_step, 1e-3, ema=0.999)
     unet.save_pretrained(POCKET / "unet", dtype=torch.float16)
     text_encoder.save_pretrained(POCKET, dtype=torch.float16)
     (POCKET / "scheduler").mkdir(exist_ok=True)
@@ -435,7 +436,7 @@ def stage_student(args):
     from unet import UNet
     results = {"plain": train(args.work / "plain", "--reward", "none")[-1]}  # as long as the default run
     (POCKET / "results.json").write_text(json.dumps(results, indent=1))
-    train(args.work / "student", "--steps", str(args.student_steps), "--reward-scale", str(args.student_reward_scale))
+    train(args.work / "student", "--steps", str(max(1, round(STEPS["student"] * args.scale))), "--reward-scale", "0.3")
     UNet.from_pretrained(args.work / "student/unet_target").save_pretrained(POCKET / "student", dtype=torch.float16)
     subprocess.run([sys.executable, str(POCKET.parent / "evaluate.py"), "--real", "--out", str(args.work / "shipped")], check=True)
     shutil.copy(args.work / "shipped/grid.png", POCKET / "grid.png")
@@ -454,15 +455,7 @@ def main():
     parser.add_argument("--packages", type=Path, default=Path("."), help="folder with the two .tgz of npm pack")
     parser.add_argument("--work", type=Path, default=POCKET / "work", help="folder for the state of unfinished stages")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--vae-steps", type=int, default=4500)
-    parser.add_argument("--vae-batch", type=int, default=16)
-    parser.add_argument("--clip-steps", type=int, default=2500)
-    parser.add_argument("--clip-batch", type=int, default=128)
-    parser.add_argument("--text-steps", type=int, default=500)
-    parser.add_argument("--teacher-steps", type=int, default=2400)
-    parser.add_argument("--teacher-batch", type=int, default=64)
-    parser.add_argument("--student-steps", type=int, default=1000)
-    parser.add_argument("--student-reward-scale", type=float, default=0.3)
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies every stage's number of steps (0.01: a rehearsal)")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     for stage in STAGES if args.stages == "all" else args.stages.split(","):

@@ -166,3 +166,11 @@ def test_checkpointing_gives_the_same_gradients(model_folder):
     student.zero_grad()
     student.checkpointing = True
     assert_same(run(), plain)
+
+
+def test_a_student_built_from_a_config_ignores_w_until_it_is_trained():
+    net = UNet(UNetConfig(**UNET, time_cond_proj_dim=256))
+    latents, t, context = inputs()
+    with torch.no_grad():
+        first, second = (net(latents, t, context, guidance_embedding(torch.full((2,), w))) for w in (1.0, 9.0))
+    assert torch.equal(first, second)
