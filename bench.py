@@ -3,7 +3,7 @@
     python bench.py --size pocket --device cpu
     python bench.py --size sd21 --device cuda --precision bf16 --compile
 
-Seconds are the median of --repeats after --warmup; compile time is apart. The last line is one JSON document.
+"training step" is the distillation loss without reward and its backward pass, without the optimizer. Seconds are the median of --repeats after --warmup; compile time is apart. The last line is one JSON document.
 """
 import json
 import platform
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from cli import autocast, fast_attention, option, parse, pick_device, pick_precision, run
+from cli import autocast, fast_attention, option, parse, pick_device, pick_precision, require, run
 from lcm_solver import DDIMSolver, NoiseSchedule, guidance_embedding, sample_lcm
 from sample import POCKET
 from train import Config as TrainConfig
@@ -85,6 +85,7 @@ def count_flop(call):
 
 def main():
     args = parse(Config(), __doc__)
+    require(args.batch >= 1 and args.warmup >= 1 and args.repeats >= 1, "--batch, --warmup and --repeats: expected 1 or more")
     device = pick_device(args.device)
     dtype = pick_precision(args.precision, device)
     if args.size == "pocket":

@@ -2,9 +2,11 @@
 import argparse
 import contextlib
 import dataclasses
+import os
 import sys
 import types
 import typing
+from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -25,7 +27,8 @@ def parse(defaults, doc, argv=None):
         elif meta.get("list"):
             parser.add_argument(name, action="append", default=None, help=text)
         else:
-            parser.add_argument(name, type=kind, default=value, choices=meta.get("choices"), help=text, metavar=name[2:].upper())
+            parser.add_argument(name, type=kind, default=value, choices=meta.get("choices"), help=text,
+                                metavar=None if meta.get("choices") else name[2:].upper())
     return dataclasses.replace(defaults, **{k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None})
 
 
@@ -38,7 +41,8 @@ def run(main):
     try:
         main()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # a data loading process wraps the message in a traceback; its last line is the message
+        print("error: " + str(error).strip().splitlines()[-1].removeprefix("weights.InputError: "), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -74,6 +78,18 @@ def fast_attention(device):
     """The context for training: on CPUs the fused attention's backward pass is the slowest part of a small model (half of the
     pocket reward's step), and plain matrix products do the same in a quarter of the time. On CUDA: PyTorch's own choice."""
     return sdpa_kernel(SDPBackend.MATH) if torch.device(device).type == "cpu" else contextlib.nullcontext()
+
+
+def make_folder(path):
+    """Create a folder for output, or say why that cannot be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        probe = Path(path) / f".writable.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"--out {path}: not writable ({error.strerror}); give a folder you can write to") from None
+    return Path(path)
 
 
 def require(condition, message):

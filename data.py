@@ -19,9 +19,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from cli import autocast, option, parse, pick_device, pick_precision, require, run
+from cli import autocast, make_folder, option, parse, pick_device, pick_precision, require, run
 from weights import InputError
 
+POCKET = Path(__file__).resolve().parent / "pocket"
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -33,7 +34,7 @@ class Shards(torch.utils.data.Dataset):
         self.resolution = resolution
         self.files = sorted(glob.glob(str(Path(path) / "*.tar") if Path(path).is_dir() else str(path)))
         require(self.files, f"--data {path}: no such shards; expected a .tar, a folder of them, or a glob such as 'shards/*.tar'")
-        self.samples = []  # (file number, (offset, size) of the picture or posterior, (offset, size) of the caption)
+        rows = []  # file number, offset and size of the picture or posterior, offset and size of the caption
         suffixes = set()
         for number, file in enumerate(self.files):
             parts = {}
@@ -41,6 +42,7 @@ class Shards(torch.utils.data.Dataset):
                 with tarfile.open(file) as tar:
                     for member in tar:
                         stem, dot, suffix = member.name.rpartition(".")
+                        tar.members = []  # else tarfile keeps them all
                         parts.setdefault(stem, {})[dot + suffix.lower()] = (member.offset_data, member.size)
                     if tar.offset + tarfile.BLOCKSIZE > os.path.getsize(file):  # no end-of-archive block was there
                         raise tarfile.ReadError("it ends too early")
@@ -49,28 +51,33 @@ class Shards(torch.utils.data.Dataset):
             for stem, part in parts.items():
                 content = next((s for s in (".npy", *PICTURES) if s in part), None)
                 if content and ".txt" in part:
-                    self.samples.append((number, part[content], part[".txt"]))
+                    rows.append((number, *part[content], *part[".txt"]))
                     suffixes.add(content == ".npy")
-        require(self.samples, f"{path}: no pairs in these shards; expected NAME.jpg|png|webp or NAME.npy beside NAME.txt")
+        self.samples = np.array(rows, dtype=np.int64)  # one array: small, and shared by the loading processes
+        require(rows, f"{path}: no pairs in these shards; expected NAME.jpg|png|webp or NAME.npy beside NAME.txt")
         require(len(suffixes) == 1, f"{path}: some shards hold pictures and some hold latents; give one kind")
         self.encoded = suffixes.pop()
 
     def __len__(self):
         return len(self.samples)
 
-    def read(self, number, place):
+    def read(self, number, offset, size):
         with open(self.files[number], "rb") as file:
-            file.seek(place[0])
-            return file.read(place[1])
+            file.seek(offset)
+            return file.read(size)
+
+    def caption(self, i):
+        number, _, _, *place = self.samples[i].tolist()
+        return self.read(number, *place).decode("utf-8", "replace").strip()
 
     def __getitem__(self, i):
-        number, content, caption = self.samples[i]
-        data = self.read(number, content)
+        number, *place = self.samples[i, :3].tolist()
+        data = self.read(number, *place)
         try:
             tensor = torch.from_numpy(np.load(io.BytesIO(data))).float() if self.encoded else load_picture(data, self.resolution)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # whatever PIL or numpy make of broken bytes
             raise InputError(f"{self.files[number]}: sample {i} is unreadable ({error}); make the shard again") from None
-        return tensor, self.read(number, caption).decode("utf-8", "replace").strip()
+        return tensor, self.caption(i)
 
 
 def load_picture(data, resolution):
@@ -131,9 +138,9 @@ def batches(shards, seed, first, last, rows, rank=0, world=1, workers=0):
 
 @dataclass
 class Config:
-    data: str = option("pocket/data/train-*.tar", "shards to encode: a tar, a folder or a glob")
+    data: str = option(str(POCKET / "data" / "train-*.tar"), "shards to encode: a tar, a folder or a glob")
     out: str = option("runs/encoded", "folder for the encoded shards")
-    model: str = option("pocket", "model folder whose VAE encodes")
+    model: str = option(str(POCKET), "model folder whose VAE encodes")
     resolution: int = option(64, "side of the square pictures in pixels")
     batch: int = option(32, "pictures at a time")
     device: str = option("auto", "auto, cpu or cuda")
@@ -144,16 +151,22 @@ class Config:
 def main():
     from vae import VAE
     args = parse(Config(), __doc__)
+    require(args.batch >= 1, f"--batch {args.batch}: expected 1 or more")
     device = pick_device(args.device)
     dtype = pick_precision(args.precision, device)
     vae, shards = VAE.from_pretrained(args.model, device=device), Shards(args.data, args.resolution)
     require(not shards.encoded, f"{args.data}: already encoded")
-    Path(args.out).mkdir(parents=True, exist_ok=True)
+    names = [Path(file).name for file in shards.files]
+    require(len(set(names)) == len(names), f"--data {args.data}: two shards of the same name; encode them into separate folders")
+    require(all(Path(file).resolve().parent != Path(args.out).resolve() for file in shards.files), f"--out {args.out}: holds the pictures; give another folder")
+    make_folder(args.out)
     groups = {}
-    for i, (number, *_) in enumerate(shards.samples):
+    for i, number in enumerate(shards.samples[:, 0].tolist()):
         groups.setdefault(number, []).append(i)
     for number, members in groups.items():
         target = Path(args.out) / Path(shards.files[number]).name
+        if target.exists():  # encoded by an earlier, interrupted run
+            continue
         new = target.with_suffix(".new")
         with tarfile.open(new, "w") as tar:
             for start in tqdm(range(0, len(members), args.batch), desc=target.name):

@@ -13,11 +13,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from cli import option, parse, pick_device, pick_precision, require, run
+from cli import make_folder, option, parse, pick_device, pick_precision, require, run
 from data import Shards
+from lcm_solver import lcm_timesteps
 from reward import load_reward
-from sample import POCKET, Model, grid, make_folder, save_png
+from sample import POCKET, Model, grid, save_png
 from unet import UNet
+from weights import write_whole
 
 RESULTS = POCKET / "results.json"  # what build.py recorded: real pictures and plain LCM
 
@@ -86,13 +88,18 @@ def difference(row, other):
 @torch.no_grad()
 def compare(args, device, dtype):
     """Draw, score, print the table and write results.json and grid.png. -> rows"""
-    from weights import write_whole
+    require(args.limit >= 2 and args.batch >= 1, f"--limit {args.limit} --batch {args.batch}: expected at least 2 prompts and 1 picture at a time")
+    require(0 <= args.teacher_steps < 1000, f"--teacher-steps {args.teacher_steps}: expected 0 to 999")
     out = make_folder(args.out)
     shards = Shards(args.data, resolution=64)
     require(not shards.encoded, f"{args.data}: the comparison needs pictures, not latents")
     real, prompts = zip(*(shards[i] for i in range(min(args.limit, len(shards)))))
     real, prompts = torch.stack(real), list(prompts)
-    model, score = Model(args.model, device, dtype), Scorer(prompts, device)
+    model = Model(args.model, device, dtype)
+    student = model.check(UNet.from_pretrained(args.unet, device=device), args.unet)
+    require(student.config.time_cond_proj_dim, f"{args.unet}: a teacher (no guidance embedding), expected a student")
+    lcm_timesteps(model.schedule, args.steps, student.config.lcm_grid or 50)  # refuses a wrong number of steps before any work
+    score = Scorer(prompts, device)
     rows, pictures = [], [real / 2 + 0.5]
 
     if args.real:
@@ -105,10 +112,9 @@ def compare(args, device, dtype):
         rows.append(score(f"teacher, {args.teacher_steps}-step DDIM", images, 2 * args.teacher_steps, seconds))
         pictures.append(images)
     recorded = json.loads(RESULTS.read_text()).get("plain") if RESULTS.is_file() else None
-    if recorded and len(prompts) == len(recorded["scores"]):
+    plain = Config()  # the record was made with the defaults
+    if recorded and (args.data, args.guidance, args.steps, len(prompts)) == (plain.data, plain.guidance, plain.steps, len(recorded["scores"])):
         rows.append(recorded | {"name": "plain LCM, 2-step (recorded; `python train.py --reward none` remakes it)"})
-    student = model.check(UNet.from_pretrained(args.unet, device=device), args.unet)
-    require(student.config.time_cond_proj_dim, f"{args.unet}: a teacher (no guidance embedding), expected a student")
     images, seconds = draw_all(model, student, prompts, args.steps, args.guidance, "lcm", args.batch)
     rows.append(score(f"student, {args.steps}-step ({Path(args.unet).parent.name}/{Path(args.unet).name})", images, args.steps, seconds))
     pictures.append(images)

@@ -163,7 +163,7 @@ def sample_lcm(unet, schedule, latents, context, w, steps, generator=None):
     draws each row from its own, so that a picture does not depend on its batch. -> scaled latents, float32."""
     batch, device = len(latents), latents.device
     w = torch.as_tensor(w, dtype=torch.float32, device=device).expand(batch)
-    timesteps = lcm_timesteps(schedule, steps)
+    timesteps = lcm_timesteps(schedule, steps, getattr(unet.config, "lcm_grid", None) or 50)
     z = latents.float()
     for i, t in enumerate(timesteps):
         x0 = consistency_function(unet, schedule, z, torch.full((batch,), t, device=device), context, w)

@@ -30,7 +30,10 @@ class PocketReward(nn.Module):
     def from_pretrained(cls, path):
         """path: a folder with config.json and weights, beside the tokenizer/ folder."""
         folder = find_component(path, "reward")
-        reward = cls(read_json(folder / "config.json"), load_tokenizer(folder.parent / "tokenizer"))
+        config = read_json(folder / "config.json")
+        if config.keys() != {"embed_dim", "vision_cfg", "text_cfg"}:
+            raise InputError(f"{folder}/config.json: no CLIP there (embed_dim, vision_cfg, text_cfg); expected a folder like pocket/reward")
+        reward = cls(config, load_tokenizer(folder.parent / "tokenizer"))
         load_strictly(reward.clip, folder / WEIGHTS)
         return reward.float()
 

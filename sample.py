@@ -14,7 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from cli import autocast, option, parse, pick_device, pick_precision, require, run
+from cli import autocast, make_folder, option, parse, pick_device, pick_precision, require, run
 from lcm_solver import NoiseSchedule, ScheduleConfig, draw_noise, lcm_timesteps, sample_ddim, sample_lcm
 from text_encoder import TextEncoder
 from unet import UNet
@@ -23,6 +23,7 @@ from weights import InputError
 
 POCKET = Path(__file__).resolve().parent / "pocket"
 PROMPTS = ["a red apple", "a smiling cat", "rocket", "a firefighter", "a green heart", "a slice of pizza"]
+GRID = 64  # pictures that grid.png shows at most
 
 
 @dataclass
@@ -99,18 +100,6 @@ def save_png(image, file, **text):
     new.rename(file)
 
 
-def make_folder(path):
-    """Create a folder for output, or say why that cannot be."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-        probe = Path(path) / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"--out {path}: not writable ({error.strerror}); give a folder you can write to") from None
-    return Path(path)
-
-
 def read_prompts(args):
     prompts = list(args.prompt)
     if args.prompts:
@@ -144,7 +133,7 @@ def main():
     where = args.unet or str(Path(args.model) / ("student" if args.solver == "lcm" else "unet"))
     unet = model.check(UNet.from_pretrained(where, device=device), where)
     if args.solver == "lcm":
-        lcm_timesteps(model.schedule, args.steps)  # refuses a wrong number of steps before any work
+        lcm_timesteps(model.schedule, args.steps, unet.config.lcm_grid or 50)  # refuses a wrong number of steps before any work
         require(unet.config.time_cond_proj_dim, f"{where}: a teacher (no guidance embedding); sample it with --solver ddim, or give a student")
     else:
         require(1 <= args.steps < len(model.schedule), f"--steps {args.steps}: expected 1 to {len(model.schedule) - 1} for ddim")
@@ -152,19 +141,21 @@ def main():
     if args.compile:
         unet.compile()
 
-    loaded = time.perf_counter()
-    images = torch.cat([model.draw(unet, prompts[i:i + args.batch], seeds[i:i + args.batch], args.steps, args.guidance, args.solver, size).cpu()
-                        for i in tqdm(range(0, len(prompts), args.batch), disable=len(prompts) <= args.batch, unit="batch")])
-    drawn = time.perf_counter()
     facts = {"steps": args.steps, "solver": args.solver, "guidance": args.guidance, "model": args.model, "unet": where}
-    for i, (image, prompt, seed) in enumerate(zip(images, prompts, seeds)):
-        save_png(to_pil(image), out / f"{i:05d}.png", prompt=prompt, seed=seed, **facts)
-        print(f"{out / f'{i:05d}.png'}  {prompt}  (seed {seed})")
-    if len(images) > 1:
-        columns = args.n if args.n > 1 else math.ceil(len(images) ** 0.5)
-        save_png(grid(images, columns), out / "grid.png", prompt=" | ".join(prompts), seed=args.seed, **facts)
+    loaded, drawing, shown = time.perf_counter(), 0.0, []
+    for first in tqdm(range(0, len(prompts), args.batch), disable=len(prompts) <= args.batch, unit="batch"):
+        part, begin = slice(first, first + args.batch), time.perf_counter()
+        images = model.draw(unet, prompts[part], seeds[part], args.steps, args.guidance, args.solver, size).cpu()
+        drawing += time.perf_counter() - begin
+        for i, (image, prompt, seed) in enumerate(zip(images, prompts[part], seeds[part]), first):
+            save_png(to_pil(image), out / f"{i:05d}.png", prompt=prompt, seed=seed, **facts)
+            tqdm.write(f"{out / f'{i:05d}.png'}  {prompt}  (seed {seed})")
+        shown += list(images[:GRID - len(shown)])
+    if len(shown) > 1:
+        columns = args.n if args.n > 1 else math.ceil(len(shown) ** 0.5)
+        save_png(grid(torch.stack(shown), columns), out / "grid.png", prompt=" | ".join(prompts[:len(shown)]), seed=args.seed, **facts)
         print(out / "grid.png")
-    print(f"{loaded - start:.1f} s to load, {drawn - loaded:.2f} s for {len(images)} pictures in {args.steps} steps "
+    print(f"{loaded - start:.1f} s to load, {drawing:.2f} s for {len(prompts)} pictures in {args.steps} steps "
           f"({device}, {str(dtype)[6:]})")
 
 

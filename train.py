@@ -5,10 +5,10 @@
 
     torchrun --nproc_per_node=8 train.py --teacher MODEL --data 'cc12m/*.tar' --out runs/sd21 --resolution 512 \\
         --batch-size 16 --steps 10000 --lr 1e-6 --lr-schedule constant --w-min 5 --w-max 15 --ddim-steps 50 \\
-        --reward-scale 1 --reward-batch 4 --grad-checkpoint --workers 8
+        --reward none --grad-checkpoint --workers 8
 
 To resume, run the same command. All randomness is a function of the seed and of the sample's place in the stream of samples,
-so a resumed run, and a run on another number of processes, draws the same.
+so a resumed run draws the same, and so does a run on another number of processes with as many pictures a step.
 """
 import dataclasses
 import json
@@ -25,13 +25,13 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import evaluate
-from cli import autocast, fast_attention, option, parse, pick_device, pick_precision, require, run
+from cli import autocast, fast_attention, make_folder, option, parse, pick_device, pick_precision, require, run
 from data import Shards, batches, mix, positions
 from lcm_solver import DDIMSolver, consistency_function, huber
 from reward import load_reward
-from sample import POCKET, Model, grid, make_folder, save_png
+from sample import POCKET, Model, grid, save_png
 from unet import UNet
-from weights import whole_folder, write_whole
+from weights import read_json, whole_folder, write_whole
 
 try:  # the extra `tensorboard`: curves beside log.jsonl
     from torch.utils.tensorboard import SummaryWriter
@@ -73,7 +73,7 @@ class Config:
     device: str = option("auto", "auto, cpu or cuda")
 
 
-MAY_CHANGE = {"out", "checkpoint_every", "log_every", "sample_every", "keep", "workers", "device"}
+MAY_CHANGE = {"out", "checkpoint_every", "log_every", "sample_every", "keep", "workers", "device", "compile"}
 
 
 # ------------------------------------------------------------------------------------------- the algorithm
@@ -127,13 +127,18 @@ def learning_rate(step, args):
 def setup_processes(args):
     """-> rank, world, device. torchrun is optional."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(args.device)
-    if world > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return rank, world, device
+    if world == 1:
+        return rank, world, pick_device(args.device)
+    if args.device == "cpu" or not torch.cuda.is_available():
+        device = pick_device(args.device)
+        dist.init_process_group("gloo")
+        return rank, world, device
+    local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    require(args.device in ("auto", "cuda"), f"--device {args.device}: with several processes each takes its own GPU; expected auto, cuda or cpu")
+    require(local < count, f"process {local} of this machine has no GPU: there are {count}; lower --nproc_per_node")
+    torch.cuda.set_device(local)
+    dist.init_process_group("nccl")
+    return rank, world, torch.device("cuda", local)
 
 
 def average_over_processes(tensors, world):
@@ -145,21 +150,29 @@ def average_over_processes(tensors, world):
 
 # ------------------------------------------------------------------------------------------- the run folder
 
-def open_run(args, main_process):
+def open_run(args, rank, world):
     """Make the run folder, or check that the run found there was started with the same options. -> newest checkpoint or None"""
-    out, settings = Path(args.out), dataclasses.asdict(args)
+    out, settings = Path(args.out), dataclasses.asdict(args) | {"processes": world}
+    if rank == 0:
+        make_folder(out / "samples")
+        make_folder(out / "checkpoints")
     file = out / "config.json"
-    if file.is_file():
-        before = json.loads(file.read_text())
+    if checkpoints(out) and file.is_file():
+        before = read_json(file)
         may_change = MAY_CHANGE | ({"steps"} if args.lr_schedule == "constant" else set())  # cosine: steps shape every rate
         changed = [k for k in settings if k not in may_change and before.get(k) != settings[k]]
         require(not changed, f"{out} holds a run with other options: " + ", ".join(f"--{k.replace('_', '-')} {before.get(k)} (now {settings[k]})"
                              for k in changed[:4]) + "; give the same options to resume it, or another --out")
-    if main_process:
-        make_folder(out / "samples")
-        make_folder(out / "checkpoints")
+    newest = checkpoints(out)[-1] if checkpoints(out) else None
+    if world > 1:
+        seen = [None] * world
+        dist.all_gather_object(seen, newest and newest.name)
+        require(len(set(seen)) == 1, f"--out {out}: the processes see different checkpoints there ({seen}); all machines need the same folder")
+    if rank == 0:
+        for left in (out / "checkpoints").glob(".step-*"):  # of a save or a removal that a kill cut short
+            shutil.rmtree(left, ignore_errors=True)
         write_whole(file, json.dumps(settings, indent=2) + "\n")
-    return checkpoints(out)[-1] if checkpoints(out) else None
+    return newest
 
 
 def checkpoints(out):
@@ -188,8 +201,9 @@ def truncate_log(file, step):
 # ------------------------------------------------------------------------------------------- the loop
 
 def check(args):
-    for name in ("batch_size", "grad_accum", "steps", "reward_batch", "solver_substeps", "checkpoint_every", "log_every", "sample_every", "keep"):
+    for name in ("batch_size", "grad_accum", "steps", "reward_batch", "solver_substeps", "resolution", "checkpoint_every", "log_every", "sample_every", "keep"):
         require(getattr(args, name) >= 1, f"--{name.replace('_', '-')} {getattr(args, name)}: expected 1 or more")
+    require(args.workers >= 0, f"--workers {args.workers}: expected 0 or more")
     require(args.lr > 0, f"--lr {args.lr}: expected more than 0")
     require(0 <= args.ema < 1, f"--ema {args.ema}: expected 0 <= decay < 1")
     require(args.w_min <= args.w_max, f"--w-min {args.w_min} is more than --w-max {args.w_max}")
@@ -204,6 +218,9 @@ def main():
     dtype = pick_precision(args.precision, device)
     torch.set_float32_matmul_precision("high")
 
+    newest = open_run(args, rank, world)
+    start = int(newest.name.removeprefix("step-")) if newest else 0
+
     # Frozen: VAE, text encoder, teacher, reward. Trained in float32: the student; its EMA is the target.
     model = Model(args.teacher, device, dtype)
     teacher = model.check(UNet.from_pretrained(args.teacher, device=device, dtype=dtype), args.teacher).requires_grad_(False)
@@ -211,10 +228,8 @@ def main():
     shards = Shards(args.data, args.resolution)
     solver = DDIMSolver(model.schedule, args.ddim_steps)
     require(args.resolution % model.vae.factor == 0, f"--resolution {args.resolution}: expected a multiple of {model.vae.factor}")
-    newest = open_run(args, main_process)
-    start = int(newest.name.removeprefix("step-")) if newest else 0
-    student = UNet.from_pretrained(newest / "unet" if newest else args.teacher, W_DIM, torch.float32, device).train()
-    target = UNet.from_pretrained(newest / "unet_target" if newest else args.teacher, W_DIM, torch.float32, device).requires_grad_(False)
+    student = UNet.from_pretrained(newest / "unet" if newest else args.teacher, W_DIM, torch.float32, device, args.ddim_steps).train()
+    target = UNet.from_pretrained(newest / "unet_target" if newest else args.teacher, W_DIM, torch.float32, device, args.ddim_steps).requires_grad_(False)
     student.checkpointing = args.grad_checkpoint
     weights, target_weights = list(student.parameters()), list(target.parameters())
     optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
@@ -227,12 +242,14 @@ def main():
     rows = args.batch_size * args.grad_accum
     stream = batches(shards, args.seed, start, args.steps, rows, rank, world, args.workers)
     shape = (model.vae.config.latent_channels, args.resolution // model.vae.factor, args.resolution // model.vae.factor)
-    prompts = [shards[i][1] for i in range(min(8, len(shards)))]
+    require(not shards.encoded or shards[0][0].shape == (2, *shape),
+            f"--resolution {args.resolution} takes posteriors {(2, *shape)}, the shards hold {tuple(shards[0][0].shape)}: encode them at this resolution")
+    prompts = [shards.caption(i) for i in range(min(8, len(shards)))]
     if main_process:
         truncate_log(out / "log.jsonl", start)
         print(f"{sum(p.numel() for p in weights) / 1e6:.1f} M parameters, {len(shards)} pictures, {world} x {rows} a step, "
               f"reward {args.reward}, {device}, {str(dtype)[6:]}" + (f"; resumes at step {start}" if start else ""))
-    board = SummaryWriter(out / "tensorboard", purge_step=start) if SummaryWriter and main_process else None
+    board = SummaryWriter(out / "tensorboard", purge_step=start + 1) if SummaryWriter and main_process else None
     progress = tqdm(total=args.steps, initial=start, disable=not main_process, unit="step")
     clock, clock_step = time.perf_counter(), start
 
@@ -264,7 +281,7 @@ def main():
             seconds = (time.perf_counter() - clock) / (done - clock_step)
             clock, clock_step = time.perf_counter(), done
             require(all(abs(v) < float("inf") for v in line.values()), f"step {done}: loss or gradient is not finite ({line}); "
-                    f"the last checkpoint in {out}/checkpoints is sound: lower --lr or --reward-scale")
+                    f"the last checkpoint in {out}/checkpoints is sound: lower --lr or --reward-scale, with another --out")
             if main_process:
                 line |= {"seconds_per_step": round(seconds, 4), "images_per_second": round(world * rows / seconds, 2)}
                 with open(out / "log.jsonl", "a") as log:
@@ -272,19 +289,23 @@ def main():
                 for key, value in line.items():
                     board and board.add_scalar(key, value, done)
                 progress.set_postfix({k: f"{line[k]:.3f}" for k in ("lcd", "reward") if k in line})
+        pause = time.perf_counter()
         if main_process and (done % args.sample_every == 0 or done == args.steps):
             w = (args.w_min + args.w_max) / 2
             images = model.draw(target, prompts, range(len(prompts)), 2, w)
             save_png(grid(images, 4), out / "samples" / f"step-{done:06d}.png", prompts=" | ".join(prompts), steps=2, guidance=w)
         if main_process and (done % args.checkpoint_every == 0 or done == args.steps):
             save_checkpoint(out, done, student, target, optimizer, args.keep)
+        clock += time.perf_counter() - pause  # drawing and saving are not training
     progress.close()
+    if board:
+        board.close()
     if main_process:
         student.save_pretrained(out / "unet")
         target.save_pretrained(out / "unet_target")
         print(f"{out / 'unet'}  {out / 'unet_target'}")
         if Path(args.teacher).resolve() == POCKET:
-            compared = evaluate.Config(unet=str(out / "unet_target"), out=str(out), device=str(device), precision=args.precision)
+            compared = evaluate.Config(unet=str(out / "unet_target"), out=str(out), guidance=(args.w_min + args.w_max) / 2, device=str(device), precision=args.precision)
             evaluate.compare(compared, device, dtype)
     if world > 1:
         dist.destroy_process_group()

@@ -33,6 +33,7 @@ class UNetConfig:
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     time_cond_proj_dim: int | None = None  # 256 in a student: the width of the embedding of w
+    lcm_grid: int | None = None  # N, the points of the solver's grid a student was distilled on; ours, None means 50
 
     ignored: ClassVar = {"center_input_sample"}
     inert: ClassVar = {  # fields that newer files spell out, with the only value we build
@@ -247,13 +248,14 @@ class UNet(nn.Module):
         return kinds[kind]
 
     @classmethod
-    def from_pretrained(cls, path, w_embed_dim=None, dtype=None, device=None):
+    def from_pretrained(cls, path, w_embed_dim=None, dtype=None, device=None, lcm_grid=None):
         """path: a UNet folder, or a model folder with unet/. `w_embed_dim=256` makes a student of a teacher: cond_proj, which
-        the file may then lack, starts at zero, so that the student equals the teacher. Raises InputError unless all else fits."""
+        the file may then lack, starts at zero, so that the student equals the teacher; `lcm_grid` goes into its config. Raises InputError
+        unless all else fits."""
         if w_embed_dim is None:
             return load_component(cls, path, "unet", dtype, device)
         return load_component(cls, path, "unet", dtype, device, may_lack=("time_embedding.cond_proj.weight",),
-                              time_cond_proj_dim=w_embed_dim)
+                              time_cond_proj_dim=w_embed_dim, **({"lcm_grid": lcm_grid} if lcm_grid else {}))
 
     def save_pretrained(self, folder, dtype=None):
         """Write a folder that diffusers' UNet2DConditionModel opens."""

@@ -113,7 +113,8 @@ def save_component(module, folder, class_name, dtype=None, **extra):
     """Write config.json and the weights into `folder` so that diffusers' `class_name` opens it. The folder appears whole
     or not at all."""
     state = {k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous() for k, v in module.state_dict().items()}
-    config = {"_class_name": class_name} | dataclasses.asdict(module.config) | extra
+    fields = {k: v for k, v in dataclasses.asdict(module.config).items() if v is not None}
+    config = {"_class_name": class_name} | fields | extra
     with whole_folder(folder) as new:
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         save_file(state, new / WEIGHTS, metadata={"format": "pt"})

@@ -135,6 +135,8 @@ def fit(name, args, modules, loss_of_step, lr, ema=None, weight_decay=0.01, warm
     first = 0
     if file.exists():
         state = torch.load(file, map_location=args.device)
+        if state["steps"] != steps:
+            sys.exit(f"{file} is of a stage of {state['steps']} steps, not {steps}: remove it, or give the same --scale")
         for key, (module, _) in modules.items():
             module.load_state_dict(state["modules"][key])
         optimizer.load_state_dict(state["optimizer"])
@@ -143,7 +145,7 @@ def fit(name, args, modules, loss_of_step, lr, ema=None, weight_decay=0.01, warm
 
     def save(step):
         torch.save({"modules": {k: m.state_dict() for k, (m, _) in modules.items()}, "optimizer": optimizer.state_dict(),
-                    "average": average, "step": step}, file.with_suffix(".new"))
+                    "average": average, "step": step, "steps": steps}, file.with_suffix(".new"))
         file.with_suffix(".new").rename(file)
 
     losses, start, saved = [], time.time(), time.time()
@@ -458,7 +460,12 @@ def main():
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every stage's number of steps (0.01: a rehearsal)")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    for stage in STAGES if args.stages == "all" else args.stages.split(","):
+    chosen = list(STAGES) if args.stages == "all" else args.stages.split(",")
+    if set(chosen) - set(STAGES):
+        parser.error(f"--stages {args.stages}: expected some of {','.join(STAGES)}")
+    if "data" in chosen and len([*args.packages.glob("emojibase-data-*.tgz"), *args.packages.glob("lobehub-fluent-emoji-3d-*.tgz")]) != 2:
+        parser.error(f"--packages {args.packages}: expected the two .tgz of `npm pack` (see above) there, one version of each")
+    for stage in chosen:
         start = time.time()
         STAGES[stage](args)
         print(f"{stage}: done in {(time.time() - start) / 60:.1f} min", flush=True)

@@ -64,7 +64,8 @@ def test_pictures_are_resized_and_transparency_is_white():
 
 
 def test_a_folder_and_a_glob_give_the_same_as_the_tar(shard):
-    assert Shards(shard.parent, 16).samples == Shards(shard.parent / "*.tar", 16).samples == Shards(shard, 16).samples
+    first, *others = (Shards(path, 16).samples.tolist() for path in (shard.parent, shard.parent / "*.tar", shard))
+    assert first == others[0] == others[1]
 
 
 def test_missing_shards_are_refused_by_name(tmp_path):
@@ -83,7 +84,7 @@ def test_a_broken_tar_is_refused_by_name(content, shard, tmp_path):
 
 def test_a_tar_cut_inside_a_header_is_refused_by_name(shard, tmp_path):
     file = tmp_path / "broken.tar"
-    place = Shards(shard, 16).samples[4][1][0] - 512  # the header of the fifth picture
+    place = Shards(shard, 16).samples[4][1] - 512  # the header of the fifth picture
     file.write_bytes(shard.read_bytes()[:place + 100])
     with pytest.raises(InputError, match=str(file)):
         Shards(file, 16)
