@@ -62,10 +62,10 @@ def pick_device(name):
 
 
 def pick_precision(name, device):
-    """"auto", "bf16" or "fp32" -> torch.dtype of the networks' arithmetic. auto: bf16 on CUDA and on CPUs with AMX."""
+    """"auto", "bf16" or "fp32" -> torch.dtype of the networks' arithmetic. auto: bf16 where the hardware computes in it."""
     if name == "auto":
-        fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
-        return torch.bfloat16 if fast else torch.float32
+        on_cpu = (getattr(torch.cpu, f"_is_{unit}_supported", lambda: False) for unit in ("amx_tile", "avx512_bf16"))
+        return torch.bfloat16 if device.type == "cuda" or any(supported() for supported in on_cpu) else torch.float32
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
@@ -80,7 +80,15 @@ def fast_attention(device):
     return sdpa_kernel(SDPBackend.MATH) if torch.device(device).type == "cpu" else contextlib.nullcontext()
 
 
-def make_folder(path):
+def peak_memory(device):
+    """GiB that the process has held at most: of the GPU if it uses one, else of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource  # not on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def make_folder(path, name="--out"):
     """Create a folder for output, or say why that cannot be."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
@@ -88,7 +96,7 @@ def make_folder(path):
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise InputError(f"--out {path}: not writable ({error.strerror}); give a folder you can write to") from None
+        raise InputError(f"{name} {path}: not writable ({error.strerror}); give a folder you can write to") from None
     return Path(path)
 
 

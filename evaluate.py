@@ -96,18 +96,18 @@ def compare(args, device, dtype):
     real, prompts = zip(*(shards[i] for i in range(min(args.limit, len(shards)))))
     real, prompts = torch.stack(real), list(prompts)
     model = Model(args.model, device, dtype)
-    student = model.check(UNet.from_pretrained(args.unet, device=device), args.unet)
+    student = model.check(UNet.from_pretrained(args.unet, dtype=dtype, device=device), args.unet)
     require(student.config.time_cond_proj_dim, f"{args.unet}: a teacher (no guidance embedding), expected a student")
     lcm_timesteps(model.schedule, args.steps, student.config.lcm_grid or 50)  # refuses a wrong number of steps before any work
     score = Scorer(prompts, device)
     rows, pictures = [], [real / 2 + 0.5]
 
     if args.real:
-        round_trip = torch.cat([model.vae.decode(model.vae.posterior(part.to(device))[0] * model.vae.config.scaling_factor).cpu()
+        round_trip = torch.cat([model.vae.decode(model.vae.posterior(part.to(device))[0] * model.vae.config.scaling_factor).float().cpu()
                                 for part in real.split(args.batch)])
         rows += [score("real pictures", real / 2 + 0.5), score("real, through the VAE", (round_trip / 2 + 0.5).clamp(0, 1))]
     if args.teacher_steps:
-        teacher = model.check(UNet.from_pretrained(args.model, device=device), args.model)
+        teacher = model.check(UNet.from_pretrained(args.model, dtype=dtype, device=device), args.model)
         images, seconds = draw_all(model, teacher, prompts, args.teacher_steps, args.guidance, "ddim", args.batch)
         rows.append(score(f"teacher, {args.teacher_steps}-step DDIM", images, 2 * args.teacher_steps, seconds))
         pictures.append(images)

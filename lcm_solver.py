@@ -11,12 +11,11 @@ Sources: LCM (arXiv 2310.04378), RG-LCD (arXiv 2403.11027), DDIM (arXiv 2010.025
 """
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from weights import InputError, read_json
+from weights import InputError, local, predicts, read_json
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,12 @@ class ScheduleConfig:
 
     @classmethod
     def from_pretrained(cls, path):
-        """Read path/scheduler/scheduler_config.json of a model folder; SD2.1-base's values if there is none."""
-        file = Path(path) / "scheduler" / "scheduler_config.json"
+        """Read scheduler/scheduler_config.json of a model folder or hub id; SD2.1-base's values if there is none. Of a single
+        file, SD's values with the prediction type that its metadata or name tells."""
+        path = local(path, "scheduler")
+        if path.is_file():
+            return cls(prediction_type=predicts(path))
+        file = path / "scheduler" / "scheduler_config.json"
         if not file.is_file():
             return cls()
         raw = read_json(file)
@@ -157,31 +160,33 @@ def draw_noise(shape, generator, device):
 
 
 @torch.no_grad()
-def sample_lcm(unet, schedule, latents, context, w, steps, generator=None):
+def sample_lcm(unet, schedule, latents, context, w, steps, generator=None, progress=iter):
     """Multi-step consistency sampling (LCM, algorithm 3). latents: unit normal [B,4,h,w]; w: a number or [B].
     Re-noising draws torch.randn(latents.shape, generator=generator), one draw a step but the last; a list of B generators
-    draws each row from its own, so that a picture does not depend on its batch. -> scaled latents, float32."""
+    draws each row from its own, so that a picture does not depend on its batch. `progress` wraps the list of timesteps, as tqdm
+    does. -> scaled latents, float32."""
     batch, device = len(latents), latents.device
     w = torch.as_tensor(w, dtype=torch.float32, device=device).expand(batch)
     timesteps = lcm_timesteps(schedule, steps, getattr(unet.config, "lcm_grid", None) or 50)
     z = latents.float()
-    for i, t in enumerate(timesteps):
+    for i, t in enumerate(progress(timesteps)):
         x0 = consistency_function(unet, schedule, z, torch.full((batch,), t, device=device), context, w)
-        if i + 1 == steps:
-            return x0
-        noise = draw_noise(latents.shape, generator, device)
-        z = schedule.add_noise(x0, noise, torch.full((batch,), timesteps[i + 1], device=device))
+        if i + 1 < steps:
+            noise = draw_noise(latents.shape, generator, device)
+            z = schedule.add_noise(x0, noise, torch.full((batch,), timesteps[i + 1], device=device))
+    return x0
 
 
 @torch.no_grad()
-def sample_ddim(unet, schedule, latents, context, uncond_context, w, steps):
+def sample_ddim(unet, schedule, latents, context, uncond_context, w, steps, progress=iter):
     """The teacher's sampler: DDIM, eta = 0, classifier-free guidance, on the timesteps of diffusers' DDIMScheduler with
-    SD2.1's settings (leading spacing, steps_offset 1: 981, 961, ..., 1 for 50). -> scaled latents, float32."""
+    SD2.1's settings (leading spacing, steps_offset 1: 981, 961, ..., 1 for 50). uncond_context [1,L,D] or [B,L,D]: of the empty
+    prompt, or of a negative one. -> scaled latents, float32."""
     if not 1 <= steps < len(schedule):
         raise InputError(f"{steps} DDIM steps; expected 1 to {len(schedule) - 1}")
     batch, device, skip = len(latents), latents.device, len(schedule) // steps
     z = latents.float()
-    for t in reversed(range(1, steps * skip + 1, skip)):
+    for t in progress(range(1, steps * skip + 1, skip)[::-1]):
         now = torch.full((batch,), t, device=device)
         output = guided(unet, z, now, context, uncond_context, w)
         x0, eps = schedule.to_x0(output, z, now), schedule.to_eps(output, z, now)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from weights import WEIGHTS, InputError, find_component, load_strictly, load_tokenizer, read_json, whole_folder
+from weights import WEIGHTS, InputError, find_component, load_strictly, load_tokenizer, whole_folder
 
 POCKET_REWARD = Path(__file__).parent / "pocket" / "reward"
 
@@ -29,13 +29,12 @@ class PocketReward(nn.Module):
     @classmethod
     def from_pretrained(cls, path):
         """path: a folder with config.json and weights, beside the tokenizer/ folder."""
-        folder = find_component(path, "reward")
-        config = read_json(folder / "config.json")
-        if config.keys() != {"embed_dim", "vision_cfg", "text_cfg"}:
-            raise InputError(f"{folder}/config.json: no CLIP there (embed_dim, vision_cfg, text_cfg); expected a folder like pocket/reward")
-        reward = cls(config, load_tokenizer(folder.parent / "tokenizer"))
-        load_strictly(reward.clip, folder / WEIGHTS)
-        return reward.float()
+        component = find_component(path, "reward")
+        if component.config.keys() != {"embed_dim", "vision_cfg", "text_cfg"}:
+            raise InputError(f"{component.where}: no CLIP there (embed_dim, vision_cfg, text_cfg); expected a folder like pocket/reward")
+        reward = cls(component.config, load_tokenizer(component.folder.parent / "tokenizer"))
+        load_strictly(reward.clip, component)
+        return reward
 
     def save_pretrained(self, folder, dtype=None):
         state = {k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous()

@@ -3,6 +3,7 @@
     python sample.py --steps 2 --prompt "a red apple"                          # the student that ships in pocket/student
     python sample.py --steps 2 --unet runs/pocket/unet_target                  # a student of your own
     python sample.py --solver ddim --steps 50 --guidance 3                     # the teacher
+    python sample.py --model v2-1_512-ema-pruned.safetensors --solver ddim --steps 50 --guidance 6.5 --prompt "a lighthouse"
 """
 import math
 import time
@@ -14,7 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from cli import autocast, make_folder, option, parse, pick_device, pick_precision, require, run
+from cli import autocast, make_folder, option, parse, peak_memory, pick_device, pick_precision, require, run
 from lcm_solver import NoiseSchedule, ScheduleConfig, draw_noise, lcm_timesteps, sample_ddim, sample_lcm
 from text_encoder import TextEncoder
 from unet import UNet
@@ -33,11 +34,12 @@ class Config:
     steps: int = option(2, "network calls per picture (ddim: twice as many passes, for guidance)")
     n: int = option(1, "pictures per prompt")
     seed: int = option(0, "picture i of a prompt uses seed + i")
-    size: str | None = option(None, "HxW in pixels; what the model was trained at if not given")
-    model: str = option(str(POCKET), "model folder with vae/, text_encoder/, tokenizer/, scheduler/ and the teacher's unet/")
-    unet: str | None = option(None, "UNet folder; if not given, MODEL/student for lcm and MODEL/unet for ddim")
+    size: str | None = option(None, "HxW in pixels, multiples of 8; what the model was trained at if not given")
+    model: str = option(str(POCKET), "VAE, text encoder, scheduler and UNet: a folder in the diffusers layout, a single file, or a hub id")
+    unet: str | None = option(None, "UNet from elsewhere: a folder, file or hub id (default: MODEL/student for lcm if there is one, else MODEL's)")
     solver: str = option("lcm", "lcm: a student; ddim: a teacher", choices=("lcm", "ddim"))
     guidance: float = option(3.0, "w of the LCM paper: cond + w (cond - uncond); diffusers' guidance_scale is w + 1")
+    negative: str = option("", "negative prompt (ddim): what guidance leads away from")
     device: str = option("auto", "auto, cpu or cuda")
     precision: str = option("auto", "arithmetic of the networks", choices=("auto", "bf16", "fp32"))
     compile: bool = option(False, "torch.compile the UNet: slower start, faster pictures")
@@ -46,33 +48,35 @@ class Config:
 
 
 class Model:
-    """The frozen parts around a UNet: VAE, text encoder and noise schedule of a model folder."""
+    """The frozen parts around a UNet, with weights of `dtype`: VAE, text encoder and noise schedule of a model."""
 
     def __init__(self, path, device, dtype):
         self.device, self.dtype = device, dtype
-        self.vae = VAE.from_pretrained(path, device=device).requires_grad_(False)
-        self.text_encoder = TextEncoder.from_pretrained(path, device=device).requires_grad_(False)
+        self.vae = VAE.from_pretrained(path, dtype, device).requires_grad_(False)
+        self.text_encoder = TextEncoder.from_pretrained(path, dtype, device).requires_grad_(False)
         self.schedule = NoiseSchedule(ScheduleConfig.from_pretrained(path), device)
 
     def check(self, unet, where):
         require(unet.config.cross_attention_dim == self.text_encoder.dim,
-                f"{where}/config.json says cross_attention_dim {unet.config.cross_attention_dim}, the text encoder gives "
-                f"{self.text_encoder.dim}: do the UNet and the model folder belong together?")
+                f"{where}: the UNet's config says cross_attention_dim {unet.config.cross_attention_dim}, the text encoder gives "
+                f"{self.text_encoder.dim}: do the UNet and the model belong together?")
         return unet
 
     @torch.no_grad()
-    def draw(self, unet, prompts, seeds, steps, w, solver="lcm", size=None):
-        """B prompts and B seeds -> images [B,3,H,W] in [0,1], float32. size: (H, W) in pixels."""
+    def draw(self, unet, prompts, seeds, steps, w, solver="lcm", size=None, negative="", progress=iter):
+        """B prompts and B seeds -> images [B,3,H,W] in [0,1], float32. size: (H, W) in pixels; negative: prompt that ddim's
+        guidance leads away from; progress: wraps the list of timesteps, as tqdm does."""
         h, w_ = size or (unet.config.sample_size * self.vae.factor,) * 2
         shape = (len(prompts), unet.config.in_channels, h // self.vae.factor, w_ // self.vae.factor)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         latents = draw_noise(shape, generators, self.device)
-        with autocast(self.device, self.dtype):
+        master = unet.conv_in.weight.dtype == torch.float32  # weights in training: computed with in self.dtype all the same
+        with autocast(self.device, self.dtype if master else torch.float32):
             context = self.text_encoder(prompts)
             if solver == "lcm":
-                latents = sample_lcm(unet, self.schedule, latents, context, w, steps, generators)
+                latents = sample_lcm(unet, self.schedule, latents, context, w, steps, generators, progress)
             else:
-                latents = sample_ddim(unet, self.schedule, latents, context, self.text_encoder([""]), w, steps)
+                latents = sample_ddim(unet, self.schedule, latents, context, self.text_encoder([negative]), w, steps, progress)
             images = self.vae.decode(latents)
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
@@ -130,33 +134,45 @@ def main():
     out = make_folder(args.out)
 
     model = Model(args.model, device, dtype)
-    where = args.unet or str(Path(args.model) / ("student" if args.solver == "lcm" else "unet"))
-    unet = model.check(UNet.from_pretrained(where, device=device), where)
+    student = Path(args.model) / "student"
+    where = args.unet or str(student if args.solver == "lcm" and student.is_dir() else args.model)
+    unet = model.check(UNet.from_pretrained(where, dtype=dtype, device=device), where)
     if args.solver == "lcm":
         lcm_timesteps(model.schedule, args.steps, unet.config.lcm_grid or 50)  # refuses a wrong number of steps before any work
-        require(unet.config.time_cond_proj_dim, f"{where}: a teacher (no guidance embedding); sample it with --solver ddim, or give a student")
+        require(unet.config.time_cond_proj_dim, f"{where}: a teacher (no guidance embedding); sample it with --solver ddim, or give a student as --unet")
+        require(not args.negative, "--negative: a student has no unconditional branch to lead away from; it works with --solver ddim")
     else:
         require(1 <= args.steps < len(model.schedule), f"--steps {args.steps}: expected 1 to {len(model.schedule) - 1} for ddim")
-    size = parse_size(args.size, model.vae.factor * 2 ** (len(unet.config.block_out_channels) - 1)) if args.size else None
+        require(not unet.config.time_cond_proj_dim, f"{where}: a student; sample it with --solver lcm, or give a teacher as --unet")
+    size = parse_size(args.size, model.vae.factor) if args.size else None
     if args.compile:
         unet.compile()
 
-    facts = {"steps": args.steps, "solver": args.solver, "guidance": args.guidance, "model": args.model, "unet": where}
+    facts = {"steps": args.steps, "solver": args.solver, "guidance": args.guidance, "negative": args.negative, "model": args.model, "unet": where}
     loaded, drawing, shown = time.perf_counter(), 0.0, []
-    for first in tqdm(range(0, len(prompts), args.batch), disable=len(prompts) <= args.batch, unit="batch"):
+    bar = tqdm(total=math.ceil(len(prompts) / args.batch) * args.steps, unit="call", leave=False)
+    for first in range(0, len(prompts), args.batch):
         part, begin = slice(first, first + args.batch), time.perf_counter()
-        images = model.draw(unet, prompts[part], seeds[part], args.steps, args.guidance, args.solver, size).cpu()
+        images = model.draw(unet, prompts[part], seeds[part], args.steps, args.guidance, args.solver, size, args.negative,
+                            lambda timesteps: ticking(timesteps, bar)).cpu()
         drawing += time.perf_counter() - begin
         for i, (image, prompt, seed) in enumerate(zip(images, prompts[part], seeds[part]), first):
             save_png(to_pil(image), out / f"{i:05d}.png", prompt=prompt, seed=seed, **facts)
             tqdm.write(f"{out / f'{i:05d}.png'}  {prompt}  (seed {seed})")
         shown += list(images[:GRID - len(shown)])
+    bar.close()
     if len(shown) > 1:
         columns = args.n if args.n > 1 else math.ceil(len(shown) ** 0.5)
         save_png(grid(torch.stack(shown), columns), out / "grid.png", prompt=" | ".join(prompts[:len(shown)]), seed=args.seed, **facts)
         print(out / "grid.png")
     print(f"{loaded - start:.1f} s to load, {drawing:.2f} s for {len(prompts)} pictures in {args.steps} steps "
-          f"({device}, {str(dtype)[6:]})")
+          f"({device}, {str(dtype)[6:]}), peak memory {peak_memory(device):.2f} GiB")
+
+
+def ticking(timesteps, bar):
+    for t in timesteps:
+        yield t
+        bar.update()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from weights import InputError, find_component, load_strictly, load_tokenizer, read_json, whole_folder
+import single_file
+from weights import InputError, find_component, load_strictly, load_tokenizer, whole_folder
 
 
 class TextEncoder(nn.Module):
@@ -24,23 +25,39 @@ class TextEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=None, device=None):
-        """path: a model folder with text_encoder/ and tokenizer/, or the text_encoder folder beside tokenizer/."""
-        folder = find_component(path, "text_encoder")
-        words = folder.parent / "tokenizer"
+        """path: a model folder with text_encoder/ and tokenizer/, the text_encoder folder beside tokenizer/, a single-file
+        checkpoint (its tokenizer is built in), or a hub id. Raises InputError on anything but an exact fit."""
+        component = find_component(path, "text_encoder")
+        if component.folder:
+            words = component.folder.parent / "tokenizer"
+            tokenizer = load_tokenizer(words)
+        else:
+            words = "the built-in tokenizer"
+            tokenizer = single_file.tokenizer(component.kind, load_tokenizer)
+        kind = component.config.get("model_type", "clip_text_model")
+        if kind != "clip_text_model":
+            raise InputError(f"{component.where}: model_type {kind!r}; expected clip_text_model, as in SD 1.x and 2.x")
         # The token ids in text_encoder/config.json of published files are wrong; the tokenizer's folder is right.
-        tokenizer = load_tokenizer(words)
-        raw = read_json(folder / "config.json")
-        config = CLIPTextConfig(**{k: v for k, v in raw.items() if not k.endswith("_token_id")},
+        config = CLIPTextConfig(**{k: v for k, v in component.config.items() if not k.endswith("_token_id")},
                                 bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
         if tokenizer.model_max_length > config.max_position_embeddings:
             raise InputError(f"{words}: model_max_length {tokenizer.model_max_length} is more than the "
-                             f"{config.max_position_embeddings} positions of {folder}")
+                             f"{config.max_position_embeddings} positions of {component.where}")
         if len(tokenizer) > config.vocab_size:
-            raise InputError(f"{words}: {len(tokenizer)} tokens, but {folder}/config.json says vocab_size {config.vocab_size}: "
+            raise InputError(f"{words}: {len(tokenizer)} tokens, but {component.where} says vocab_size {config.vocab_size}: "
                              f"do they belong together?")
-        model = CLIPTextModel(config)
-        load_strictly(model, folder / "model.safetensors", ignore=("position_ids",), rename=text_key(model))
-        return cls(model, tokenizer).to(dtype=dtype or torch.float32, device=device).eval()
+        with torch.device("meta"):
+            model = CLIPTextModel(config)
+        if component.folder:
+            prefixed = any(k.startswith("text_model.") for k in component.tensors.shapes)  # transformers changed its mind
+            component.source = lambda key: ("text_model." * prefixed + key.removeprefix("text_model."), None)
+            component.ignored = "position_ids$"
+        load_strictly(model, component, dtype=dtype, device=device)
+        for name, buffer in model.named_buffers():  # what no file holds
+            if buffer.is_meta:
+                owner, _, attribute = name.rpartition(".")
+                model.get_submodule(owner).register_buffer(attribute, torch.arange(config.max_position_embeddings, device=device)[None], persistent=False)
+        return cls(model, tokenizer).eval()
 
     def save_pretrained(self, path, dtype=None):
         """Write path/text_encoder in the layout of transformers. The tokenizer never changes: copy its folder."""
@@ -56,9 +73,3 @@ class TextEncoder(nn.Module):
     def forward(self, prompts):
         return self.model(input_ids=self.tokenize(prompts).to(self.model.device)).last_hidden_state
 
-
-def text_key(model):
-    """transformers has dropped the "text_model." prefix of older files in some versions: name whichever the model uses."""
-    prefixed = any(k.startswith("text_model.") for k in model.state_dict())
-    bare = lambda key: key.removeprefix("text_model.")
-    return (lambda key: "text_model." + bare(key)) if prefixed else bare

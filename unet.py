@@ -35,12 +35,14 @@ class UNetConfig:
     time_cond_proj_dim: int | None = None  # 256 in a student: the width of the embedding of w
     lcm_grid: int | None = None  # N, the points of the solver's grid a student was distilled on; ours, None means 50
 
-    ignored: ClassVar = {"center_input_sample"}
-    inert: ClassVar = {  # fields that newer files spell out, with the only value we build
+    absent: ClassVar = {"use_linear_projection": False, "attention_head_dim": 8, "cross_attention_dim": 1280}
+    ignored: ClassVar = set()
+    inert: ClassVar = {  # fields with the only values we build
         "act_fn": ("silu",), "conv_in_kernel": (3,), "conv_out_kernel": (3,), "downsample_padding": (1,),
         "flip_sin_to_cos": (True,), "mid_block_scale_factor": (1, 1.0), "mid_block_type": ("UNetMidBlock2DCrossAttn",),
         "resnet_out_scale_factor": (1.0,), "resnet_time_scale_shift": ("default",), "time_embedding_type": ("positional",),
-        "transformer_layers_per_block": (1,), "attention_type": ("default",), "resnet_skip_time_act": (False,)}
+        "transformer_layers_per_block": (1,), "attention_type": ("default",), "resnet_skip_time_act": (False,),
+        "freq_shift": (0,), "dropout": (0, 0.0)}
 
     def heads(self, level):
         return self.attention_head_dim if isinstance(self.attention_head_dim, int) else self.attention_head_dim[level]
@@ -66,6 +68,8 @@ class ResnetBlock(nn.Module):
 class Attention(nn.Module):
     def __init__(self, dim, context_dim, heads, upcast):
         super().__init__()
+        if dim % heads:
+            raise InputError(f"attention_head_dim {heads}, the number of heads, does not divide the {dim} channels")
         self.heads, self.upcast = heads, upcast
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(context_dim, dim, bias=False)
@@ -244,14 +248,14 @@ class UNet(nn.Module):
     def _has_attention(kind, way):
         kinds = {f"CrossAttn{way}Block2D": True, f"{way}Block2D": False}
         if kind not in kinds:
-            raise InputError(f"unet config: block type {kind!r}; this UNet builds {' and '.join(kinds)}")
+            raise InputError(f"block type {kind!r}; this UNet builds {' and '.join(kinds)}")
         return kinds[kind]
 
     @classmethod
     def from_pretrained(cls, path, w_embed_dim=None, dtype=None, device=None, lcm_grid=None):
-        """path: a UNet folder, or a model folder with unet/. `w_embed_dim=256` makes a student of a teacher: cond_proj, which
-        the file may then lack, starts at zero, so that the student equals the teacher; `lcm_grid` goes into its config. Raises InputError
-        unless all else fits."""
+        """path: a UNet folder, a model folder with unet/, a single-file checkpoint, or a hub id. dtype: float32 if None, whatever
+        the file holds. `w_embed_dim=256` makes a student of a teacher: cond_proj, which the file may then lack, starts at zero, so
+        that the student equals the teacher; `lcm_grid` goes into its config. Raises InputError unless all else fits."""
         if w_embed_dim is None:
             return load_component(cls, path, "unet", dtype, device)
         return load_component(cls, path, "unet", dtype, device, may_lack=("time_embedding.cond_proj.weight",),
@@ -263,12 +267,13 @@ class UNet(nn.Module):
 
     def forward(self, latents, timesteps, context, w_embedding=None):
         """latents [B,4,h,w], timesteps [B] in 0..999, context [B,L,D] from the text encoder, w_embedding [B,256] (students
-        only; see lcm_solver.guidance_embedding) -> [B,4,h,w]: epsilon or v, as the model was trained."""
+        only; see lcm_solver.guidance_embedding) -> [B,4,h,w]: epsilon or v, as the model was trained. Inputs of any dtype are
+        taken to the weights'; h and w need not be even."""
         run = self._checkpointed if self.checkpointing and torch.is_grad_enabled() else lambda module, *inputs: module(*inputs)
-        temb = timestep_embedding(timesteps, self.config.block_out_channels[0]).to(self.conv_in.weight.dtype)
-        temb = self.time_embedding(temb, w_embedding)
-
-        x = self.conv_in(latents)
+        dtype = self.conv_in.weight.dtype
+        temb = self.time_embedding(timestep_embedding(timesteps, self.config.block_out_channels[0]).to(dtype), w_embedding)
+        context = context.to(dtype)
+        x = self.conv_in(latents.to(dtype))
         skips = [x]
         for level in self.down_blocks:
             for resnet, attention in level.stages():

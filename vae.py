@@ -25,8 +25,12 @@ class VAEConfig:
     scaling_factor: float = 0.18215
     sample_size: int = 512
 
-    ignored: ClassVar = {"down_block_types", "up_block_types", "act_fn", "force_upcast"}
-    inert: ClassVar = {"mid_block_add_attention": (True,), "use_quant_conv": (True,), "use_post_quant_conv": (True,)}
+    absent: ClassVar = {"layers_per_block": 1, "block_out_channels": (64,)}
+    ignored: ClassVar = {"force_upcast"}
+    inert: ClassVar = {  # fields with the only values we build
+        "act_fn": ("silu",), "mid_block_add_attention": (True,), "use_quant_conv": (True,), "use_post_quant_conv": (True,),
+        "down_block_types": tuple(["DownEncoderBlock2D"] * n for n in range(1, 9)),
+        "up_block_types": tuple(["UpDecoderBlock2D"] * n for n in range(1, 9))}
 
 
 class ResnetBlock(nn.Module):
@@ -160,7 +164,8 @@ class VAE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=None, device=None):
-        """path: a VAE folder, or a model folder with vae/. Raises InputError on anything but an exact fit."""
+        """path: a VAE folder, a model folder with vae/, a single-file checkpoint, or a hub id. dtype: float32 if None. Raises
+        InputError on anything but an exact fit."""
         return load_component(cls, path, "vae", dtype, device)
 
     def save_pretrained(self, folder, dtype=None):
@@ -174,7 +179,7 @@ class VAE(nn.Module):
         h, w = images.shape[-2:]
         if h % self.factor or w % self.factor:
             raise InputError(f"images of {h}x{w}: the VAE needs height and width to be multiples of {self.factor}")
-        mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
+        mean, logvar = self.quant_conv(self.encoder(images.to(self.quant_conv.weight.dtype))).chunk(2, dim=1)
         return mean, torch.exp(0.5 * logvar.clamp(-30, 20))
 
     def encode(self, images, generator=None):
@@ -185,4 +190,5 @@ class VAE(nn.Module):
 
     def decode(self, latents):
         """scaled latents [B,4,h,w] -> images [B,3,h*f,w*f] around [-1,1], not clamped."""
-        return self.decoder(self.post_quant_conv(latents / self.config.scaling_factor))
+        latents = (latents / self.config.scaling_factor).to(self.post_quant_conv.weight.dtype)
+        return self.decoder(self.post_quant_conv(latents))

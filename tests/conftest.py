@@ -76,6 +76,19 @@ def make_text_encoder(folder, **changes):
     TextEncoder(randomize(CLIPTextModel(config)), tokenizer).save_pretrained(folder)
 
 
+def teacher_pipeline(folder, **scheduler):
+    """diffusers' StableDiffusionPipeline with the DDIMScheduler on the parts of a model folder."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+    pipe = StableDiffusionPipeline(
+        AutoencoderKL.from_pretrained(folder / "vae"), CLIPTextModel.from_pretrained(folder / "text_encoder"),
+        CLIPTokenizer.from_pretrained(folder / "tokenizer"), UNet2DConditionModel.from_pretrained(folder / "unet"),
+        DDIMScheduler.from_config(json.loads((folder / "scheduler/scheduler_config.json").read_text()), clip_sample=False, **scheduler),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     """vae/, text_encoder/, tokenizer/, unet/ (a teacher), student/, scheduler/ and reward/. Read only: copy it to change it."""

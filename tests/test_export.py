@@ -1,0 +1,73 @@
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import LatentConsistencyModelPipeline
+
+import export
+import sample
+from conftest import UNET, agree, call, randomize
+from sample import Model
+from unet import UNet, UNetConfig
+from weights import WEIGHTS
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=["epsilon", "v_prediction"])
+def teacher(request, model_copy):
+    file = model_copy / "scheduler/scheduler_config.json"
+    file.write_text(file.read_text().replace("epsilon", request.param))
+    return model_copy
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("grid", [None, 10])
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_diffusers_opens_the_export_and_draws_the_same_pictures(steps, grid, teacher, tmp_path):
+    randomize(UNet(UNetConfig(**UNET, time_cond_proj_dim=256, lcm_grid=grid)), seed=1).save_pretrained(teacher / "student")
+    assert call(export.main, "--teacher", teacher, "--out", tmp_path / "exported") == 0
+    pipe = LatentConsistencyModelPipeline.from_pretrained(tmp_path / "exported")
+    pipe.set_progress_bar_config(disable=True)
+    prompts = ["a red apple", "rocket"]
+    theirs = pipe(prompts, num_inference_steps=steps, guidance_scale=7.5, output_type="pt", height=32, width=32,
+                  generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)]).images
+    ours = Model(teacher, CPU, torch.float32).draw(UNet.from_pretrained(teacher / "student"), prompts, [3, 4], steps, 6.5)
+    agree(ours, theirs)
+    exported = Model(tmp_path / "exported", CPU, torch.float32)  # our own reader opens it as well
+    assert torch.equal(exported.draw(UNet.from_pretrained(tmp_path / "exported"), prompts, [3, 4], steps, 6.5), ours)
+
+
+def test_sample_draws_from_an_export_without_further_options(teacher, tmp_path):
+    assert call(export.main, "--teacher", teacher, "--out", tmp_path / "exported", "--dtype", "fp16") == 0
+    assert call(sample.main, "--model", tmp_path / "exported", "--out", tmp_path / "out", "--device", "cpu", "--precision", "fp32") == 0
+
+
+def test_a_run_brings_its_teacher_and_its_ema_student(model_copy, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps({"teacher": str(model_copy)}))
+    shutil.copytree(model_copy / "student", run / "unet_target")
+    assert call(export.main, "--run", run, "--out", tmp_path / "exported") == 0
+    first, second = UNet.from_pretrained(tmp_path / "exported").state_dict(), UNet.from_pretrained(model_copy / "student").state_dict()
+    assert all(torch.equal(first[k], second[k]) for k in second)
+
+
+WRONG = {
+    "a teacher as student": (["--unet", "MODEL/unet"], "expected a student"),
+    "a folder that holds other things": (["--out", "MODEL"], "is no exported pipeline"),
+    "no run": (["--run", "MODEL/none"], "config.json"),
+    "a run and a student": (["--run", "MODEL", "--unet", "MODEL/student"], "--unet"),
+    "a single file of another kind": (["--single-file", "MODEL/x.ckpt"], ".safetensors"),
+    "out under a file": (["--out", "MODEL/vae/config.json/x"], "config.json"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_one_line_exit_code_2_and_harms_nothing(case, model_copy, tmp_path, capsys):
+    argv, named = WRONG[case]
+    before = sorted(model_copy.rglob("*"))
+    defaults = [] if "--run" in argv else ["--teacher", model_copy]
+    assert call(export.main, *defaults, "--out", tmp_path / "exported", *(a.replace("MODEL", str(model_copy)) for a in argv)) == 2
+    assert named in capsys.readouterr().err and sorted(model_copy.rglob("*")) == before and (model_copy / "vae" / WEIGHTS).is_file()
