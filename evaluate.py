@@ -34,6 +34,7 @@ class Config:
     teacher_steps: int = option(50, "DDIM steps of the teacher; 0: leave the teacher out")
     real: bool = option(False, "also score the real pictures and their VAE round trip")
     limit: int = option(256, "number of prompts")
+    n: int = option(4, "pictures per prompt of the student, whose scores are averaged (of the slow teacher: one)")
     batch: int = option(64, "pictures at a time")
     device: str = option("auto", "auto, cpu or cuda")
     precision: str = option("auto", "arithmetic of the networks", choices=("auto", "bf16", "fp32"))
@@ -49,22 +50,23 @@ class Scorer:
 
     @torch.no_grad()
     def __call__(self, name, images, calls=None, seconds=None):
-        """images [N,3,H,W] in [0,1], one per prompt -> a row of the table; "scores" holds the judge's N scores."""
+        """images [n*N,3,H,W] in [0,1], n rounds of one per prompt -> a row of the table; "scores" holds the judge's N means over n."""
         row = {"name": name, "calls": calls, "seconds_per_image": seconds and seconds / len(images)}
         for key, model in self.models.items():
             image = torch.cat([model.image_features(part.to(model.clip.logit_scale.device)) for part in images.split(64)])
             text = model.text_features(self.prompts)
-            scores = (image * text).sum(dim=1)
+            image = image.unflatten(0, (-1, len(text)))  # [n, N, D]
+            scores = (image * text).sum(dim=2).mean(dim=0)
             row[key], row[key + "_se"] = scores.mean().item(), (scores.std() / len(scores) ** 0.5).item()
         # of the last model, the judge: is the picture nearest to its own prompt among all?
-        row["top1"] = ((image @ text.T).argmax(dim=1) == torch.arange(len(text), device=text.device)).float().mean().item()
+        row["top1"] = ((image @ text.T).argmax(dim=2) == torch.arange(len(text), device=text.device)).float().mean().item()
         return row | {"scores": scores.cpu().tolist()}
 
 
-def draw_all(model, unet, prompts, steps, w, solver, batch):
-    """One picture per prompt, picture i from seed i -> images [N,3,H,W] on the CPU, seconds."""
+def draw_all(model, unet, prompts, steps, w, solver, batch, n=1):
+    """n rounds of one picture per prompt, picture i from seed i -> images [n*N,3,H,W] on the CPU, seconds."""
     unet.eval()
-    start = time.perf_counter()
+    prompts, start = prompts * n, time.perf_counter()
     images = [model.draw(unet, prompts[i:i + batch], range(i, min(i + batch, len(prompts))), steps, w, solver).cpu()
               for i in tqdm(range(0, len(prompts), batch), desc=f"{solver} {steps} steps", leave=False)]
     return torch.cat(images), time.perf_counter() - start
@@ -89,16 +91,17 @@ def difference(row, other):
 def compare(args, device, dtype):
     """Draw, score, print the table and write results.json and grid.png. -> rows"""
     require(args.limit >= 2 and args.batch >= 1, f"--limit {args.limit} --batch {args.batch}: expected at least 2 prompts and 1 picture at a time")
+    require(args.n >= 1, f"--n {args.n}: expected 1 or more")
     require(0 <= args.teacher_steps < 1000, f"--teacher-steps {args.teacher_steps}: expected 0 to 999")
     out = make_folder(args.out)
-    shards = Shards(args.data, resolution=64)
-    require(not shards.encoded, f"{args.data}: the comparison needs pictures, not latents")
-    real, prompts = zip(*(shards[i] for i in range(min(args.limit, len(shards)))))
-    real, prompts = torch.stack(real), list(prompts)
-    model = Model(args.model, device, dtype)
+    model = Model.from_pretrained(args.model, device, dtype)
     student = model.check(UNet.from_pretrained(args.unet, dtype=dtype, device=device), args.unet)
     require(student.config.time_cond_proj_dim, f"{args.unet}: a teacher (no guidance embedding), expected a student")
     lcm_timesteps(model.schedule, args.steps, student.config.lcm_grid or 50)  # refuses a wrong number of steps before any work
+    shards = Shards(args.data, student.config.sample_size * model.vae.factor)
+    require(not shards.encoded, f"{args.data}: the comparison needs pictures, not latents")
+    real, prompts = zip(*(shards[i] for i in range(min(args.limit, len(shards)))))
+    real, prompts = torch.stack(real), list(prompts)
     score = Scorer(prompts, device)
     rows, pictures = [], [real / 2 + 0.5]
 
@@ -113,9 +116,9 @@ def compare(args, device, dtype):
         pictures.append(images)
     recorded = json.loads(RESULTS.read_text()).get("plain") if RESULTS.is_file() else None
     plain = Config()  # the record was made with the defaults
-    if recorded and (args.data, args.guidance, args.steps, len(prompts)) == (plain.data, plain.guidance, plain.steps, len(recorded["scores"])):
+    if recorded and (args.data, args.guidance, args.steps, args.n, len(prompts)) == (plain.data, plain.guidance, plain.steps, plain.n, len(recorded["scores"])):
         rows.append(recorded | {"name": "plain LCM, 2-step (recorded; `python train.py --reward none` remakes it)"})
-    images, seconds = draw_all(model, student, prompts, args.steps, args.guidance, "lcm", args.batch)
+    images, seconds = draw_all(model, student, prompts, args.steps, args.guidance, "lcm", args.batch, args.n)
     rows.append(score(f"student, {args.steps}-step ({Path(args.unet).parent.name}/{Path(args.unet).name})", images, args.steps, seconds))
     pictures.append(images)
 

@@ -47,14 +47,20 @@ class Config:
     out: str = option("samples", "folder for the PNGs")
 
 
+@dataclass
 class Model:
-    """The frozen parts around a UNet, with weights of `dtype`: VAE, text encoder and noise schedule of a model."""
+    """The frozen parts around a UNet: VAE and text encoder with weights of `dtype`, and the noise schedule."""
+    vae: VAE
+    text_encoder: TextEncoder
+    schedule: NoiseSchedule
+    device: torch.device
+    dtype: torch.dtype
 
-    def __init__(self, path, device, dtype):
-        self.device, self.dtype = device, dtype
-        self.vae = VAE.from_pretrained(path, dtype, device).requires_grad_(False)
-        self.text_encoder = TextEncoder.from_pretrained(path, dtype, device).requires_grad_(False)
-        self.schedule = NoiseSchedule(ScheduleConfig.from_pretrained(path), device)
+    @classmethod
+    def from_pretrained(cls, path, device, dtype):
+        """path: a model folder, a single-file checkpoint or a hub id."""
+        return cls(VAE.from_pretrained(path, dtype, device).requires_grad_(False), TextEncoder.from_pretrained(path, dtype, device).requires_grad_(False),
+                   NoiseSchedule(ScheduleConfig.from_pretrained(path), device), device, dtype)
 
     def check(self, unet, where):
         require(unet.config.cross_attention_dim == self.text_encoder.dim,
@@ -133,7 +139,7 @@ def main():
     seeds = [args.seed + i for _ in range(len(prompts) // args.n) for i in range(args.n)]
     out = make_folder(args.out)
 
-    model = Model(args.model, device, dtype)
+    model = Model.from_pretrained(args.model, device, dtype)
     student = Path(args.model) / "student"
     where = args.unet or str(student if args.solver == "lcm" and student.is_dir() else args.model)
     unet = model.check(UNet.from_pretrained(where, dtype=dtype, device=device), where)

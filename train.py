@@ -222,7 +222,7 @@ def main():
     start = int(newest.name.removeprefix("step-")) if newest else 0
 
     # Frozen: VAE, text encoder, teacher, reward. Trained in float32: the student; its EMA is the target.
-    model = Model(args.teacher, device, dtype)
+    model = Model.from_pretrained(args.teacher, device, dtype)
     teacher = model.check(UNet.from_pretrained(args.teacher, device=device, dtype=dtype), args.teacher).requires_grad_(False)
     reward = None if args.reward == "none" else load_reward(args.reward, device)
     shards = Shards(args.data, args.resolution)

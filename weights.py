@@ -45,31 +45,42 @@ class Tensors:
     """The tensors of some safetensors files, by key. `shapes`: {key: shape}, from the headers alone."""
 
     def __init__(self, files):
-        self.where, self.files, self.shapes = str(files[0]), {}, {}
+        self.where, self.files, self.shapes, self.opened = str(files[0]), {}, {}, {}
         for file in files:
-            with self.open(file) as f:
-                self.metadata = f.metadata()
-                for key in f.keys():
-                    self.files[key], self.shapes[key] = file, tuple(f.get_slice(key).get_shape())
+            self.opened[file] = f = self.open(file)
+            self.metadata = f.metadata()
+            for key in f.keys():
+                self.files[key], self.shapes[key] = file, tuple(f.get_slice(key).get_shape())
 
     @staticmethod
     def open(file):
         refuse_pickle(file)
         try:
-            return safe_open(file, "pt")
+            return safe_open(file, "pt").__enter__()
         except (SafetensorError, OSError, ValueError) as error:
             raise InputError(f"{file}: not a whole safetensors file ({error}); copy or download it again") from None
 
-    def __getitem__(self, key):
-        """The tensor, mapped from the file. Each has a mapping of its own, so that it leaves memory when it is converted."""
-        with self.open(self.files[key]) as f:
-            return f.get_tensor(key)
+    def read(self, key, dtype, device):
+        """The tensor on `device`; if its numbers are floating, as `dtype`, and refused unless all are finite. Where nothing is to be
+        converted it stays mapped from the file; where something is, it gets a mapping of its own, which leaves memory with it."""
+        tensor = self.opened[self.files[key]].get_tensor(key)
+        dtype = dtype if tensor.is_floating_point() else tensor.dtype
+        if tensor.dtype != dtype or torch.device(device or "cpu").type != "cpu":
+            tensor = self.open(self.files[key]).get_tensor(key)
+        if tensor.is_floating_point() and not finite(tensor):
+            raise InputError(f"{self.files[key]}: {key} holds NaN or infinity; the file is damaged or its training diverged, use another")
+        return tensor.to(device, dtype)
+
+
+def finite(tensor):
+    """Is every number finite? A sum is quick and spreads any NaN or infinity; only one that is not finite asks for a closer look."""
+    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
 
 
 def refuse_pickle(file):
     file = Path(file)
     if file.suffix in (".ckpt", ".bin", ".pt", ".pth"):
-        new = file.with_name(file.name.replace("pytorch_model.bin", "model.safetensors") if file.name == "pytorch_model.bin" else file.stem + ".safetensors")
+        new = file.with_name(("model" if file.stem == "pytorch_model" else file.stem) + ".safetensors")
         raise InputError(
             f"{file}: a pickle, which can run any code when opened; expected safetensors. If you trust it, convert it: python -c \"import torch; "
             f"from safetensors.torch import save_file; d = torch.load('{file}', map_location='cpu', weights_only=True); "
@@ -102,29 +113,34 @@ def find_component(path, name):
         return find_in_file(path, name)
     for folder in (path / name, path):
         if (folder / "config.json").is_file():
-            config, tensors = read_json(folder / "config.json"), Tensors(weight_files(folder, name))
-            component = Component(f"{folder}/config.json", config, tensors, folder=folder)
-            if any(key.endswith(".proj_attn.weight") for key in tensors.shapes):
-                component.source = lambda key: (single_file.replace_all(key, OLD_ATTENTION), None)
-            return component
+            return in_folder(folder, Tensors(weight_files(folder, name)))
     what = "no such folder" if not path.is_dir() else f"neither it nor {name}/ in it has a config.json"
-    raise InputError(f"{path}: {what}; expected a model folder with {name}/config.json, the {name} folder itself, a single-file checkpoint, or a hub id")
+    raise InputError(f"{path}: {what}; expected a model folder with {name}/config.json, the {name} folder itself, a single-file "
+                     f"checkpoint, or a hub id")
+
+
+def in_folder(folder, tensors):
+    component = Component(f"{folder}/config.json", read_json(folder / "config.json"), tensors, folder=folder)
+    if any(key.endswith(".proj_attn.weight") for key in tensors.shapes):
+        component.source = lambda key: (single_file.replace_all(key, OLD_ATTENTION), None)
+    return component
 
 
 def find_in_file(file, name):
+    """The component of a single-file checkpoint, or the file of a component beside its config.json."""
     tensors = Tensors([file])
     kind = single_file.generation(tensors.shapes)
     if kind is None or name not in single_file.PREFIX:
         if (file.parent / "config.json").is_file():
-            return Component(f"{file.parent}/config.json", read_json(file.parent / "config.json"), tensors, folder=file.parent)
+            return in_folder(file.parent, tensors)
         raise InputError(f"{file}: no {name} there; expected a Stable Diffusion 1.x or 2.x checkpoint with tensors "
                          f"{' '.join(prefix + '*' for prefix in single_file.PREFIX.values())}, or a config.json beside the file")
     config = dict(single_file.CONFIGS[kind][name])
     if name == "unet" and predicts(file, tensors) == "v_prediction":
         config |= single_file.V_PREDICTION
     prefix, passed = re.escape(single_file.PREFIX[name]), single_file.IGNORED[name]
-    return Component(f"{file} ({kind})", config, tensors, lambda key: single_file.KEYS[name](key, config), 
-                     rf"^(?!{prefix})|^{prefix}.*({passed})", kind=kind)
+    return Component(f"{file} ({kind})", config, tensors, source=lambda key: single_file.KEYS[name](key, config),
+                     ignored=rf"^(?!{prefix})|^{prefix}.*({passed})", kind=kind)
 
 
 def predicts(file, tensors=None):
@@ -152,7 +168,8 @@ def weight_files(folder, name):
     if chosen is None:
         for pickle in (n for n in names if n.endswith(".bin")):
             refuse_pickle(folder / pickle)
-        raise InputError(f"{folder}: no weights beside config.json; expected {'model.safetensors' if name == 'text_encoder' else WEIGHTS}, its fp16 variant, or shards with an index")
+        raise InputError(f"{folder}: no weights beside config.json; expected {'model.safetensors' if name == 'text_encoder' else WEIGHTS}, "
+                         f"its fp16 variant, or shards with an index")
     if not chosen.endswith(".json"):
         return [folder / chosen]
     shards = read_json(folder / chosen).get("weight_map")
@@ -171,18 +188,17 @@ def local(path, name):
     path, text = Path(path), str(path)
     if path.exists() or not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", text) or Path(path.parts[0]).exists():
         return path
-    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
     try:
-        if constants.HF_HUB_OFFLINE:
-            return Path(snapshot_download(text, local_files_only=True))
         return Path(snapshot_download(text, allow_patterns=files_needed(HfApi().list_repo_files(text), name)))
-    except Exception as error:  # of the hub, of HTTP, of the network: all of them mean that it is not to be had
-        try:
-            return Path(snapshot_download(text, local_files_only=True))
-        except Exception:
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise InputError(f"{text}: no such file or folder here, and as a hub id it could not be fetched and is not in the cache ({reason}); "
-                             f"{MIRROR}") from None
+    except Exception as error:  # of the hub, of HTTP, of the network: all of them mean that it is not to be had now
+        for file in (f"{name}/config.json", "config.json", "scheduler/scheduler_config.json"):
+            cached = try_to_load_from_cache(text, file)
+            if isinstance(cached, str):
+                return Path(cached).parents[file.count("/")]
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise InputError(f"{text}: no such file or folder here, and as a hub id it could not be fetched and is not in the cache ({reason}); "
+                         f"{MIRROR}") from None
 
 
 def files_needed(listing, name):
@@ -192,7 +208,7 @@ def files_needed(listing, name):
     inside = f"{name}/" if any(file.startswith(f"{name}/") for file in listing) else ""
     names = [file.removeprefix(inside) for file in listing if file.startswith(inside)]
     chosen = choose_weights(names, name) or ""
-    shards = [n for n in names if chosen.endswith(".json") and "-of-" in n and n.endswith(".safetensors") and (".fp16" in n) == (".fp16" in chosen)]
+    shards = [n for n in names if chosen.endswith(".json") and re.search(r"-of-\d+\.safetensors$", n) and (".fp16" in n) == (".fp16" in chosen)]
     return [inside + n for n in ["config.json", chosen, *shards] if n] + ["tokenizer/*"] * (name == "text_encoder")
 
 
@@ -242,24 +258,20 @@ def load_strictly(module, component, may_lack=(), dtype=None, device=None):
     absent = [key for key, (source, _) in sources.items() if source not in tensors.shapes]
     used = {source for source, _ in sources.values()}
     complain(tensors.where, "lacks", [f"{sources[k][0]} {expected[k]}" for k in absent if k not in may_lack])
-    complain(tensors.where, "has unknown", [f"{k} {s}" for k, s in tensors.shapes.items() if k not in used and not re.search(component.ignored, k)])
-    complain(tensors.where, "has misshapen", [f"{sources[k][0]} {tensors.shapes[sources[k][0]]} for {expected[k]}" for k in expected if k not in absent and not fits(k)])
+    complain(tensors.where, "has unknown", [f"{k} {shape}" for k, shape in tensors.shapes.items()
+                                            if k not in used and not re.search(component.ignored, k)])
+    complain(tensors.where, "has misshapen", [f"{sources[k][0]} {tensors.shapes[sources[k][0]]} for {expected[k]}"
+                                              for k in expected if k not in absent and not fits(k)])
 
     state = {}
     for key, (source, third) in sources.items():
-        tensor = tensors[source] if key not in absent else torch.zeros(expected[key])
-        tensor = tensor if third is None else tensor.chunk(3)[third]
-        if tensor.is_floating_point():
-            if not finite(tensor):
-                raise InputError(f"{tensors.where}: {source} holds NaN or infinity; the file is damaged or its training diverged, use another")
-            tensor = tensor.to(device, dtype or torch.float32)
-        state[key] = tensor.reshape(expected[key]).to(device)
+        if key in absent:
+            tensor = torch.zeros(expected[key], dtype=dtype, device=device)
+        else:
+            tensor = tensors.read(source, dtype or torch.float32, device)
+            tensor = tensor if third is None else tensor.chunk(3)[third]
+        state[key] = tensor.reshape(expected[key])
     module.load_state_dict(state, assign=True)
-
-
-def finite(tensor):
-    """Is every number finite? A sum is quick and spreads any NaN or infinity; only one that is not finite asks for a closer look."""
-    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
 
 
 def complain(where, problem, keys):

@@ -455,7 +455,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", default="all", help="comma-separated, or all")
     parser.add_argument("--packages", type=Path, default=Path("."), help="folder with the two .tgz of npm pack")
-    parser.add_argument("--work", type=Path, default=POCKET / "work", help="folder for the state of unfinished stages")
+    parser.add_argument("--work", type=Path, default=POCKET / "state", help="folder for the state of unfinished stages")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every stage's number of steps (0.01: a rehearsal)")
     args = parser.parse_args()

@@ -28,6 +28,16 @@ def test_judge_and_reward_prefer_the_right_picture_and_share_no_weights():
     assert not weights[0] & weights[1]
 
 
+def test_several_pictures_of_a_prompt_are_averaged():
+    shards = Shards(ROOT / "pocket/data/heldout-000.tar", 64)
+    images, prompts = zip(*(shards[i] for i in range(8)))
+    score, images = Scorer(list(prompts), torch.device("cpu")), torch.stack(images) / 2 + 0.5
+    right, wrong, both = score("", images), score("", images.flip(0)), score("", torch.cat([images, images.flip(0)]))
+    for key in ("reward", "judge", "top1"):
+        assert both[key] == pytest.approx((right[key] + wrong[key]) / 2, abs=1e-5)
+    assert both["scores"] == pytest.approx([(a + b) / 2 for a, b in zip(right["scores"], wrong["scores"])], abs=1e-5)
+
+
 def test_difference_is_the_mean_and_standard_error_of_pairs():
     a, b = rand(10, seed=1), rand(10, seed=2)
     mean, se = difference({"scores": a.tolist()}, {"scores": b.tolist()})

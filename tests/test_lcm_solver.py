@@ -102,7 +102,7 @@ def test_solve_equals_a_loop_of_guided_ddim_steps(kind, substeps, walks):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("steps", [1, 2, 3, 8, 50])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8, 50])
 def test_sample_ddim_equals_diffusers(steps, kind):
     z, context, uncond = start()
     w, net = 6.5, Net()

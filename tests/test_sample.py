@@ -1,4 +1,5 @@
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 
 import sample
-from conftest import ROOT, agree, call, make_text_encoder
+from conftest import ROOT, agree, call, make_text_encoder, teacher_pipeline
 from sample import Model
 from text_encoder import TextEncoder
 from unet import UNet
@@ -33,7 +34,7 @@ def prompts(*several):
 
 @pytest.mark.parametrize("solver, steps, folder", [("lcm", 3, "student"), ("ddim", 3, "unet")])
 def test_a_picture_does_not_depend_on_its_batch(solver, steps, folder, model_folder):
-    model = Model(model_folder, torch.device("cpu"), torch.float32)
+    model = Model.from_pretrained(model_folder, torch.device("cpu"), torch.float32)
     unet = UNet.from_pretrained(model_folder / folder)
     together = model.draw(unet, PROMPTS, [5, 6, 7], steps, 4.0, solver)
     assert together.shape == (3, 3, 32, 32) and 0 <= together.min() and together.max() <= 1
@@ -43,7 +44,7 @@ def test_a_picture_does_not_depend_on_its_batch(solver, steps, folder, model_fol
     assert not torch.equal(together[0], model.draw(unet, PROMPTS[:1], [6], steps, 4.0, solver)[0])
 
 
-def test_pngs_hold_prompt_seed_and_steps_and_a_grid_is_written(cli, tmp_path):
+def test_pngs_hold_what_made_them_and_a_grid_is_written(cli, model_folder, tmp_path):
     assert cli(*prompts("a red apple", "lapin blånc 🐇"), "--n", 2, "--seed", 40, "--steps", 4, "--batch", 3) == 0
     files = sorted(f.name for f in (tmp_path / "out").iterdir())
     assert files == [f"{i:05d}.png" for i in range(4)] + ["grid.png"]
@@ -51,6 +52,7 @@ def test_pngs_hold_prompt_seed_and_steps_and_a_grid_is_written(cli, tmp_path):
     assert [p.text["prompt"] for p in pictures[:4]] == ["a red apple"] * 2 + ["lapin blånc 🐇"] * 2
     assert [p.text["seed"] for p in pictures[:4]] == ["40", "41", "40", "41"]
     assert {p.text["steps"] for p in pictures} == {"4"} and pictures[4].size == (64, 64)
+    assert {p.text["guidance"] for p in pictures} == {"3.0"} and {p.text["model"] for p in pictures} == {str(model_folder)}
     whole = np.array(pictures[4])
     for i, (y, x) in enumerate([(0, 0), (0, 32), (32, 0), (32, 32)]):
         assert np.array_equal(whole[y:y + 32, x:x + 32], np.array(pictures[i]))
@@ -70,8 +72,29 @@ def test_prompts_file_and_size(cli, tmp_path):
     assert [p.text["prompt"] for p in pictures] == ["rocket", "a fish"] and {p.size for p in pictures} == {(32, 48)}
 
 
-def test_the_teacher_is_sampled_with_ddim(cli):
-    assert cli(*prompts("rocket"), "--solver", "ddim", "--steps", 3) == 0
+def test_the_teacher_is_sampled_with_ddim_and_a_negative_prompt_changes_the_picture(cli, tmp_path):
+    for name, negative in (("a", []), ("b", ["--negative", ""]), ("c", ["--negative", "a fish"])):
+        assert cli(*prompts("rocket"), "--solver", "ddim", "--steps", 3, *negative, out=tmp_path / name) == 0
+    a, b, c = (np.array(Image.open(tmp_path / name / "00000.png")) for name in "abc")
+    assert np.array_equal(a, b) and not np.array_equal(a, c)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("negative", ["", "a fish, cold"])
+@torch.no_grad()
+def test_the_teachers_pictures_equal_diffusers_pipeline(kind, negative, model_copy):
+    file = model_copy / "scheduler/scheduler_config.json"
+    file.write_text(file.read_text().replace("epsilon", kind))
+    model = Model.from_pretrained(model_copy, torch.device("cpu"), torch.float32)
+    ours = model.draw(UNet.from_pretrained(model_copy), PROMPTS, [5, 6, 7], 5, 6.5, "ddim", size=(24, 40), negative=negative)
+    theirs = teacher_pipeline(model_copy)(PROMPTS, negative_prompt=[negative] * 3, num_inference_steps=5, guidance_scale=7.5, height=24, width=40,
+                                          output_type="pt", generator=[torch.Generator().manual_seed(seed) for seed in (5, 6, 7)]).images
+    agree(ours, theirs)
+
+
+def test_peak_memory_and_seconds_are_printed(cli, capsys):
+    assert cli(*prompts("rocket")) == 0
+    assert re.search(r"s to load, .* s for 1 pictures in 2 steps \(cpu, float32\), peak memory \d+\.\d\d GiB", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -94,6 +117,8 @@ WRONG = {
     "more steps than the grid": (["--steps", 51], None, "51"),
     "unknown solver": (["--solver", "euler"], None, "euler"),
     "no steps of ddim": (["--solver", "ddim", "--steps", 0], None, "0"),
+    "student as teacher": (["--solver", "ddim", "--unet", "MODEL/student"], None, "a student"),
+    "negative prompt for a student": (["--negative", "a fish"], None, "--negative"),
     "teacher as student": (["--unet", "MODEL/unet"], None, "teacher"),
     "size that does not divide": (["--size", "33x32"], None, "33x32"),
     "size that is no size": (["--size", "big"], None, "big"),
@@ -107,7 +132,7 @@ WRONG = {
     "no such model": (["--model", "MODEL/none"], None, "none"),
     "no such student": (["--unet", "MODEL/none"], None, "none"),
     "no tokenizer": ([], lambda m: shutil.rmtree(m / "tokenizer"), "tokenizer"),
-    "no student": ([], lambda m: shutil.rmtree(m / "student"), "student"),
+    "no student": ([], lambda m: shutil.rmtree(m / "student"), "a teacher"),
     "half a VAE": ([], lambda m: cut(m / "vae" / WEIGHTS, 5000), WEIGHTS),
     "half a student": ([], lambda m: cut(m / "student" / WEIGHTS, 5000), WEIGHTS),
     "half a VAE config": ([], lambda m: cut(m / "vae/config.json", 20), "config.json"),

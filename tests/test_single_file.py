@@ -171,7 +171,7 @@ def test_the_built_in_tokenizer_gives_clips_ids(pad, kind):
 def test_the_picture_from_a_single_file_equals_diffusers(kind, teacher, file):
     from sample import Model
     pipe = teacher_pipeline(teacher)
-    model = Model(file, torch.device("cpu"), torch.float32)
+    model = Model.from_pretrained(file, torch.device("cpu"), torch.float32)
     ours = model.draw(UNet.from_pretrained(file), ["a red apple"], [3], 4, 6.5, "ddim", size=(32, 32), negative="rocket")
     theirs = pipe("a red apple", negative_prompt="rocket", num_inference_steps=4, guidance_scale=7.5, height=32, width=32, output_type="pt",
                   generator=torch.Generator().manual_seed(3)).images

@@ -14,7 +14,10 @@ PROMPTS = ["a red apple", "", "house, " * 60]
 
 
 @torch.no_grad()
-def test_equals_transformers_last_hidden_state(model_folder):
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])  # SD2, SD1
+def test_equals_transformers_last_hidden_state(activation, model_copy):
+    make_text_encoder(model_copy, hidden_act=activation)
+    model_folder = model_copy
     ids = CLIPTokenizer.from_pretrained(model_folder / "tokenizer")(
         PROMPTS, padding="max_length", truncation=True, max_length=32, return_tensors="pt").input_ids
     theirs = CLIPTextModel.from_pretrained(model_folder / "text_encoder").eval()(input_ids=ids).last_hidden_state
@@ -53,7 +56,7 @@ def test_wrong_token_ids_in_the_config_file_do_no_harm(model_folder, model_copy)
 
 def test_width_that_does_not_match_the_unet_is_reported(model_copy):
     make_text_encoder(model_copy, hidden_size=48)
-    model = Model(model_copy, torch.device("cpu"), torch.float32)
+    model = Model.from_pretrained(model_copy, torch.device("cpu"), torch.float32)
     with pytest.raises(InputError, match="cross_attention_dim 32.* 48"):
         model.check(UNet.from_pretrained(model_copy), model_copy / "unet")
 
@@ -67,6 +70,7 @@ BROKEN = {
     "no weights": (lambda f: (f / "text_encoder/model.safetensors").unlink(), "model.safetensors"),
     "truncated weights": (lambda f: spoil(f / "text_encoder/model.safetensors", lambda b: b[:-10]), "model.safetensors"),
     "truncated config": (lambda f: spoil(f / "text_encoder/config.json", lambda b: b[:30]), "config.json"),
+    "another architecture": (lambda f: spoil(f / "text_encoder/config.json", lambda b: b.replace(b"clip_text_model", b"t5")), "model_type 't5'"),
     "too few positions": (lambda f: spoil(f / "text_encoder/config.json", lambda b: b.replace(b'"max_position_embeddings": 32', b'"max_position_embeddings": 16')), "32"),
 }
 

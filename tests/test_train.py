@@ -95,7 +95,7 @@ def network(model_folder, seed, **more):
 @pytest.fixture(params=["epsilon", "v_prediction"])
 def scene(request, model_folder, shard):
     """All that one call of distillation_loss takes; the four networks differ from each other."""
-    model = Model(model_folder, torch.device("cpu"), torch.float32)
+    model = Model.from_pretrained(model_folder, torch.device("cpu"), torch.float32)
     model.schedule = NoiseSchedule(ScheduleConfig(prediction_type=request.param))
     teacher = network(model_folder, 1).requires_grad_(False)
     student, target = network(model_folder, 2, w_embed_dim=256), network(model_folder, 3, w_embed_dim=256).requires_grad_(False)

@@ -34,11 +34,13 @@ def assert_same(first, second):
         agree(first[1][name], second[1][name], floor=floor)
 
 
+FOUR_LEVELS = {"block_out_channels": (16, 32, 64, 64), "layers_per_block": 2, "attention_head_dim": (1, 2, 4, 4), "cross_attention_dim": 32,
+               "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3}
 VARIANTS = {
-    "linear": {},
-    "conv projections": {"use_linear_projection": False},
-    "2.1-768": {"upcast_attention": True, "layers_per_block": 2},
-    "one head count": {"attention_head_dim": 4},
+    "2.1-base": FOUR_LEVELS,
+    "2.1-768": FOUR_LEVELS | {"upcast_attention": True, "sample_size": 12},
+    "1.5": FOUR_LEVELS | {"use_linear_projection": False, "attention_head_dim": 8, "cross_attention_dim": 24},
+    "one layer a block": {},
     "text at low resolution only": {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
                                     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")},
 }
@@ -52,7 +54,7 @@ def test_forward_and_backward_equal_diffusers(variant, student, size, tmp_path):
     config = UNetConfig(**UNET | VARIANTS[variant], time_cond_proj_dim=256 if student else None)
     randomize(UNet(config)).save_pretrained(tmp_path / "unet")
     ours, theirs = UNet.from_pretrained(tmp_path / "unet"), UNet2DConditionModel.from_pretrained(tmp_path / "unet")
-    latents, t, context = inputs(*size)
+    latents, t, context = inputs(*size, width=config.cross_attention_dim)
     w = guidance_embedding(torch.tensor([5.0, 14.0])) if student else None
     assert_same(outputs_and_gradients(ours, lambda z: ours(z, t, context, w), latents),
                 outputs_and_gradients(theirs, lambda z: theirs(z, t, context, timestep_cond=w).sample, latents))
@@ -65,6 +67,25 @@ def test_default_is_sd21_with_865_910_724_parameters_and_diffusers_keys():
             sample_size=64, cross_attention_dim=1024, attention_head_dim=[5, 10, 20, 20], use_linear_projection=True)
     assert sum(p.numel() for p in ours.parameters()) == 865_910_724
     assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("student", [False, True], ids=["teacher", "student"])
+def test_forward_equals_diffusers_at_full_size(student, tmp_path):
+    """865.9 M parameters, latents of 64x64, float32: a minute or two, and 10 GB."""
+    torch.manual_seed(0)
+    UNet(UNetConfig(time_cond_proj_dim=256 if student else None)).save_pretrained(tmp_path / "unet")
+    ours = UNet.from_pretrained(tmp_path / "unet")
+    if student:
+        torch.nn.init.normal_(ours.time_embedding.cond_proj.weight, std=0.05)
+        ours.save_pretrained(tmp_path / "unet")
+    latents, t, context = rand(1, 4, 64, 64, seed=1), torch.tensor([981]), rand(1, 77, 1024, seed=2)
+    w = guidance_embedding(torch.tensor([7.5])) if student else None
+    out = ours(latents, t, context, w)
+    del ours
+    theirs = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+    agree(out, theirs(latents, t, context, timestep_cond=w).sample)
 
 
 def test_student_equals_teacher_at_step_zero(model_folder):
