@@ -150,7 +150,8 @@ def diffusers_work(args, ours, unet, trained):
             return vae.decode((latents / vae.config.scaling_factor).to(ours.dtype)).sample
 
     net, tokenizer, text = Net(unet), ours.text_encoder.tokenizer, ours.text_encoder.model
-    scheduler = LCMScheduler(1000, 0.00085, 0.012, "scaled_linear", set_alpha_to_one=False, clip_sample=False)
+    scheduler = LCMScheduler(1000, 0.00085, 0.012, "scaled_linear", original_inference_steps=unet.config.lcm_grid or 50,
+                             set_alpha_to_one=False, clip_sample=False)
     pipe = LatentConsistencyModelPipeline(vae, text, tokenizer, net.net, scheduler, None, None, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     calls = work(args, dataclasses.replace(ours, vae=Autoencoder), net, lambda: tuple(Net(n) for n in trained()))
@@ -213,7 +214,8 @@ def main():
     device = pick_device(args.device)
     dtype = pick_precision(args.precision, device)
     if args.size == "pocket":
-        model, unet = Model.from_pretrained(POCKET, device, dtype), UNet.from_pretrained(POCKET / "student", dtype=dtype, device=device).requires_grad_(False)
+        model = Model.from_pretrained(POCKET, device, dtype)
+        unet = UNet.from_pretrained(POCKET / "student", dtype=dtype, device=device).requires_grad_(False)
     else:
         model, unet = random_model(device, dtype)
     pair = []
@@ -240,7 +242,7 @@ def main():
             network.compile()
 
     peak = matmul_peak(device, dtype, args)
-    print(f"matmul {peak:.2f} TFLOP/s in {str(dtype)[6:]}")
+    print(f"matmul {peak:.3g} TFLOP/s in {str(dtype)[6:]}")
     rows = {}
     for name in args.rows:
         both = measure([calls[name], *([theirs[name]] if name in theirs else [])], args, device)
@@ -248,7 +250,7 @@ def main():
         line = f"{name:14s} {row['median']:9.4f} s  ({row['min']:.4f} to {row['max']:.4f}, first {row['first']:.2f})"
         if name in tflop:
             row |= {"tflop": tflop[name], "tflop_per_s": tflop[name] / row["median"], "share_of_matmul": tflop[name] / row["median"] / peak}
-            line += f"  {row['tflop']:8.3f} TFLOP  {row['tflop_per_s']:8.2f} TFLOP/s  {row['share_of_matmul']:6.1%} of matmul"
+            line += f"  {row['tflop']:8.3g} TFLOP  {row['tflop_per_s']:8.3g} TFLOP/s  {row['share_of_matmul']:6.1%} of matmul"
         if "peak_gib" in row:
             line += f"  {row['peak_gib']:.1f} GiB"
         if len(both) == 2:

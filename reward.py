@@ -1,30 +1,183 @@
 """Reward models: images [B,3,H,W] in [0,1] and B prompts in, [B] float32 scores out; gradients reach the images.
 
-    load_reward("pocket")                   the small CLIP of pocket/reward
-    load_reward("pocket=some/folder")       another CLIP in the same layout, such as pocket/judge
+    load_reward("hpsv2.1")                  HPSv2.1, weights from the hub; so hpsv2, pickscore, imagereward
+    load_reward("hpsv2.1=FILE")             the same from the published file, its tensors as safetensors, or the folder of either
+    load_reward("clip:MODEL:TAG")           any open_clip model (default ViT-H-14:laion2b_s32b_b79k); clip:MODEL=FILE
+    load_reward("aesthetic=HEAD,CLIP")      CLIP L/14 with the LAION linear head or the MLP of improved-aesthetic-predictor
+    load_reward("pocket=FOLDER")            the small CLIP of pocket/reward, or one in its layout such as pocket/judge
+    load_reward("jpeg")                     minus the kilobytes of the JPEG at quality 95: smooth images win; no gradient
+    load_reward("python:module.function")   function(uint8 images [B,3,H,W] on the CPU, prompts) -> B numbers; no gradient
+    load_reward("hpsv2.1*1.0+imagereward*0.1")    a weighted sum
+
+As a command it prints one score an image:
+
+    python reward.py --reward hpsv2.1=HPS_v2.1_compressed.pt one.png two.png --prompt "a lighthouse in a storm"
 """
+import argparse
+import contextlib
+import dataclasses
+import gzip
+import importlib
+import io
 import json
+import math
+import re
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from weights import WEIGHTS, InputError, find_component, load_strictly, load_tokenizer, whole_folder
+import single_file
+from cli import autocast, pick_device, pick_precision, require, run
+from weights import (WEIGHTS, Component, InputError, Tensors, find_component, finite, load_strictly, load_tokenizer,
+                     whole_folder)
 
-POCKET_REWARD = Path(__file__).parent / "pocket" / "reward"
+HERE = Path(__file__).parent
+POCKET_REWARD = HERE / "pocket" / "reward"
+BERT_VOCABULARY = HERE / "bert_vocab.txt.gz"  # google-bert/bert-base-uncased, vocab.txt
+VIT_H, VIT_L = "ViT-H-14", "ViT-L-14-quickgelu"  # open_clip's names
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's pictures
 
 
-class PocketReward(nn.Module):
-    """Cosine similarity of an open_clip CLIP whose sizes stand in config.json (embed_dim, vision_cfg, text_cfg)."""
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """Where the weights of a reward lie; `size` in bytes and `sha256` where they are known."""
+    repo: str
+    file: str
+    size: str
+    sha256: str = "not known here"
+
+
+PUBLISHED = {
+    "hpsv2.1": Published("xswu/HPSv2", "HPS_v2.1_compressed.pt", "1,972,490,005 bytes",
+                         "c57a38fb4a2f7e7c15bf00da2ea377cdf165448b4dd1052a484c215a998c9837"),
+    "hpsv2": Published("xswu/HPSv2", "HPS_v2_compressed.pt", "about 1.97 GB"),
+    "pickscore": Published("yuvalkirstain/PickScore_v1", "model.safetensors", "about 3.94 GB"),
+    "imagereward": Published("zai-org/ImageReward", "ImageReward.pt", "about 1.79 GB"),
+    # a mirror of sac+logos+ava1-l14-linearMSE.pth (3,714,759 bytes, sha256 21dd590f...) of christophschuhmann/improved-aesthetic-predictor
+    "aesthetic": Published("trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth", "about 3.7 MB"),
+}
+NAMES = (*PUBLISHED, "clip", "pocket", "jpeg", "python")
+
+
+# ------------------------------------------------------------------------------------------- pictures
+
+def at_least_float32(x):
+    """A tensor or a dtype (None: float32)."""
+    if isinstance(x, torch.Tensor):
+        return x.to(at_least_float32(x.dtype))
+    return torch.promote_types(x or torch.float32, torch.float32)
+
+
+def fit(images, size, how, half=round):
+    """[B,3,H,W] -> [B,3,size,size], antialiased bicubic in float32, as Pillow and today's torchvision do it. `how` is open_clip's word:
+
+        squash      both sides to `size`
+        longest     the longer side to `size`, zeros (black) around: HPSv2
+        shortest    the shorter side to `size`, the middle cut out; `half` rounds half a pixel
+
+    Pillow would round to 8 bits after each of its two passes; we do not, the gradient must pass."""
+    images, sides = at_least_float32(images), images.shape[-2:]
+    if how == "squash":
+        new = size, size
+    elif how == "longest":
+        new = [max(1, round(side * (size / max(sides)))) for side in sides]
+    else:
+        new = [int(size * side / min(sides)) for side in sides]
+    if tuple(new) != tuple(sides):
+        images = F.interpolate(images, tuple(new), mode="bicubic", antialias=True)
+    if how == "shortest":
+        images = images.clamp(0, 1)  # as Pillow does with what bicubic throws over the edge
+    top, left = [(size - n) // 2 if n <= size else -half((n - size) / 2) for n in new]  # a negative pad cuts
+    return F.pad(images, (left, size - new[1] - left, top, size - new[0] - top))
+
+
+def normalize(images, mean=MEAN, std=STD):
+    return torch.stack([(channel - m) / s for channel, m, s in zip(images.unbind(1), mean, std)], dim=1)
+
+
+# ------------------------------------------------------------------------------------------- the rewards
+
+class Reward(nn.Module):
+    """reward(images [B,3,H,W] in [0,1], B prompts) -> [B] float32 scores; higher is better.
+
+    Images may have any size and aspect; a prompt longer than the model reads (77 tokens of CLIP, 35 of ImageReward, end tokens
+    included) is cut there, as the published code does; the empty prompt works. A family has two methods:
+
+        encode(prompts)         whatever the score needs of them, without gradient
+        score(images, text)     tensors only: the part that compile() compiles
+
+    `weights` {name: factor} and parts(images, prompts) {name: [B]}: reward(...) is the sum of factor times part.
+    `differentiable`: False for black boxes, which raise InputError where a gradient is asked of them.
+
+    Images outside [0, 1] or with NaN are refused. On an accelerator to look is to wait for it, so there only the first batch is
+    looked at: a wrong range is there from the start, and a NaN that comes later shows in the score."""
+    name, differentiable, looked = "reward", True, False
+
+    def forward(self, images, prompts):
+        require(images.ndim == 4 and images.shape[1] == 3 and images.is_floating_point(),
+                f"images {tuple(images.shape)} of {images.dtype}; a reward needs floating [B,3,H,W]")
+        require(len(images) == len(prompts), f"{len(images)} images for {len(prompts)} prompts; a reward needs one prompt an image")
+        if images.device.type == "cpu" or not self.looked:
+            low, high = (v.item() for v in torch.aminmax(images.detach()))
+            require(low >= 0 and high <= 1, f"images with values from {low:.4g} to {high:.4g}; a reward needs numbers in [0, 1]")
+            self.looked = True
+        with torch.no_grad():
+            text = self.encode(prompts)
+        return self.score(images, text).float()
+
+    @property
+    def weights(self):
+        return {self.name: 1.0}
+
+    def parts(self, images, prompts):
+        return {self.name: self(images, prompts)}
+
+    def compile(self, **options):
+        if self.differentiable:
+            self.score = torch.compile(self.score, **options)
+
+
+class ClipReward(Reward):
+    """Cosine of the image's and the prompt's features in an open_clip model.
+
+    clip: the model. tokenize: list of prompts -> ids. how, half, mean, std: of the pictures, see fit() and normalize()."""
+
+    def __init__(self, clip, tokenize, how, half=round, mean=MEAN, std=STD):
+        super().__init__()
+        self.clip, self.tokenize = clip, tokenize
+        size = clip.visual.image_size
+        self.size = size if isinstance(size, int) else size[0]
+        self.preprocess = lambda images: normalize(fit(images, self.size, how, half), mean, std)
+
+    def image_features(self, images):
+        """[B,3,H,W] in [0,1] -> unit vectors [B,D], at least float32."""
+        features = self.clip.encode_image(self.preprocess(images).to(self.clip.logit_scale.dtype))
+        return F.normalize(at_least_float32(features), dim=-1)
+
+    def text_features(self, prompts):
+        """B prompts -> unit vectors [B,D], at least float32."""
+        features = self.clip.encode_text(self.tokenize(prompts).to(self.clip.logit_scale.device))
+        return F.normalize(at_least_float32(features), dim=-1)
+
+    encode = text_features
+
+    def score(self, images, text):
+        return (self.image_features(images) * text).sum(dim=-1)
+
+
+class PocketReward(ClipReward):
+    """A ClipReward whose sizes stand in config.json (embed_dim, vision_cfg, text_cfg); pictures are squashed to its size."""
 
     def __init__(self, config, tokenizer):
-        super().__init__()
+        super().__init__(open_clip.CLIP(**config), padded(tokenizer), "squash", mean=(0.5,) * 3, std=(0.5,) * 3)
         self.config, self.tokenizer = config, tokenizer
-        self.clip = open_clip.CLIP(**config)
-        self.size = config["vision_cfg"]["image_size"]
 
     @classmethod
     def from_pretrained(cls, path):
@@ -43,32 +196,404 @@ class PocketReward(nn.Module):
             (new / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
             save_file(state, new / WEIGHTS, metadata={"format": "pt"})
 
-    def tokenize(self, prompts):
-        return self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt").input_ids
 
-    def image_features(self, images):
-        """[B,3,H,W] in [0,1] -> unit vectors [B,D]. Other sizes are resized, antialiased bicubic."""
-        if images.shape[-2:] != (self.size, self.size):
-            images = F.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True)
-        return self.clip.encode_image(images * 2 - 1, normalize=True)
+class Head(nn.Module):
+    """features [B,width] -> [B]: linear layers with nothing between them (dropout in training), in float32 whatever surrounds them.
+    layers: {number in the published nn.Sequential: width of the output}, by default those of improved-aesthetic-predictor and ImageReward."""
 
-    def text_features(self, prompts):
-        device = self.clip.logit_scale.device
-        return self.clip.encode_text(self.tokenize(prompts).to(device), normalize=True)
+    def __init__(self, width, layers={0: 1024, 2: 128, 4: 64, 6: 16, 7: 1}):
+        super().__init__()
+        self.layers = nn.ModuleDict({str(i): nn.Linear(a, b) for (i, b), a in zip(layers.items(), (width, *layers.values()))})
+
+    def forward(self, features):
+        with torch.autocast(features.device.type, enabled=False):
+            for layer in self.layers.values():
+                features = layer(features.to(layer.weight.dtype))
+        return features.squeeze(-1)
+
+
+class AestheticReward(Reward):
+    """A head on the unit image features of CLIP L/14: about 1 to 10, how much people like the looks. It reads no prompt.
+    Sources: LAION-AI/aesthetic-predictor; christophschuhmann/improved-aesthetic-predictor."""
+
+    def __init__(self, clip_reward, head):
+        super().__init__()
+        self.clip_reward, self.head = clip_reward, head
+        clip_reward.clip.transformer = clip_reward.clip.token_embedding = None  # no prompt, no text tower
+
+    def encode(self, prompts):
+        return None
+
+    def score(self, images, text):
+        return self.head(self.clip_reward.image_features(images))
+
+
+class ImageReward(Reward):
+    """ImageReward 1.0 (arXiv 2304.05977): BLIP's ViT-L/16 reads the picture; BERT reads the prompt and, in every layer, the picture by
+    cross-attention; five linear layers score the first token. Attribute names are the keys of ImageReward.pt.
+
+    tokenize: list of prompts -> (ids, mask), both [B,35]."""
+    VISION = {"img_size": 224, "patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16}
+    TEXT = {"vocab_size": 30524, "hidden_size": 768, "encoder_hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 12,
+            "num_attention_heads": 12, "max_position_embeddings": 512, "layer_norm_eps": 1e-12, "hidden_act": "gelu"}
+    LENGTH, MEAN, STD = 35, 0.16717362830052426, 1.0333394966054072  # THUDM/ImageReward, ImageReward.py
+
+    def __init__(self, tokenize):
+        super().__init__()
+        from timm.models.vision_transformer import VisionTransformer
+        from transformers import BlipTextConfig, BlipTextModel
+        text = BlipTextModel(BlipTextConfig(**self.TEXT, is_decoder=True), add_pooling_layer=False)  # is_decoder: has cross-attention
+        self.blip = nn.ModuleDict({"visual_encoder": VisionTransformer(**self.VISION, num_classes=0), "text_encoder": text})
+        self.mlp = Head(self.TEXT["hidden_size"])
+        self.tokenize = tokenize
+
+    def encode(self, prompts):
+        device = self.mlp.layers["0"].weight.device
+        return [t.to(device) for t in self.tokenize(prompts)]
+
+    def score(self, images, text):
+        ids, mask = text
+        vision, bert = self.blip["visual_encoder"], self.blip["text_encoder"]
+        images = normalize(fit(images, self.VISION["img_size"], "shortest"))
+        patches = vision.forward_features(images.to(vision.cls_token.dtype))  # [B, 197, 1024]
+        tokens = bert(input_ids=ids, attention_mask=mask, encoder_hidden_states=patches).last_hidden_state
+        return (self.mlp(at_least_float32(tokens[:, 0])) - self.MEAN) / self.STD
+
+
+class BlackBox(Reward):
+    """A function(uint8 images [B,3,H,W] on the CPU, list of prompts) -> B numbers."""
+    differentiable = False
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def encode(self, prompts):
+        return list(prompts)
+
+    def score(self, images, text):
+        require(not (torch.is_grad_enabled() and images.requires_grad),
+                f"{self.name}: a black box, gives no gradient to the images; train through a latent proxy reward model (--latent-rm)")
+        scores = self.function((images.detach() * 255).round().byte().cpu(), text)
+        try:
+            scores = torch.tensor([float(score) for score in scores])
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{self.name}: gave no sequence of numbers ({error}); expected {len(text)}, one an image") from None
+        require(len(scores) == len(text), f"{self.name}: gave {len(scores)} numbers for {len(text)} images; expected one an image")
+        return scores.to(images.device)
+
+
+class Mixture(Reward):
+    """The weighted sum of `rewards`, whose names differ."""
+
+    def __init__(self, rewards, factors):
+        super().__init__()
+        self.rewards, self.factors = nn.ModuleList(rewards), factors
+        self.differentiable = all(reward.differentiable for reward in rewards)
+
+    @property
+    def weights(self):
+        return {reward.name: factor for reward, factor in zip(self.rewards, self.factors)}
+
+    def parts(self, images, prompts):
+        return {reward.name: reward(images, prompts) for reward in self.rewards}
 
     def forward(self, images, prompts):
-        if len(images) != len(prompts):
-            raise InputError(f"{len(images)} images for {len(prompts)} prompts; a reward needs one prompt an image")
-        with torch.no_grad():
-            text = self.text_features(prompts)
-        return (self.image_features(images).float() * text.float()).sum(dim=-1)
+        return sum(self.weights[name] * part for name, part in self.parts(images, prompts).items())
+
+    def compile(self, **options):
+        for reward in self.rewards:
+            reward.compile(**options)
 
 
-def load_reward(spec, device=None, dtype=None):
-    """spec: see the top of this file -> callable (images [B,3,H,W] in [0,1], list of B prompts) -> [B] float32, frozen, in
-    eval mode, differentiable with respect to the images."""
-    name, _, path = spec.partition("=")
-    if name != "pocket":
-        raise InputError(f"--reward {spec}: not a reward this version builds; expected none, pocket or pocket=FOLDER")
-    reward = PocketReward.from_pretrained(path or POCKET_REWARD)
-    return reward.to(device=device, dtype=dtype).eval().requires_grad_(False)
+def jpeg_kilobytes(images, prompts):
+    """Minus the size of each picture as JPEG at quality 95, in 1,000 bytes (arXiv 2305.13301, DDPO)."""
+    sizes = []
+    for image in images:
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer := io.BytesIO(), "JPEG", quality=95)
+        sizes.append(-buffer.tell() / 1000)
+    return sizes
+
+
+# ------------------------------------------------------------------------------------------- words
+
+def padded(tokenizer):
+    """A tokenizer of transformers -> list of B prompts -> ids [B,L], cut and padded at its model_max_length."""
+    return lambda prompts: tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+
+def bert_tokenizer(length):
+    """BERT's uncased WordPiece with BLIP's two tokens added -> list of B prompts -> (ids, mask), [B,length]."""
+    from tokenizers import BertWordPieceTokenizer
+    words = gzip.decompress(BERT_VOCABULARY.read_bytes()).decode().split("\n")[:-1]
+    tokenizer = BertWordPieceTokenizer({word: i for i, word in enumerate(words)}, lowercase=True)
+    tokenizer.add_special_tokens(["[DEC]", "[ENC]"])  # 30522, 30523
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(length=length)
+
+    def tokenize(prompts):
+        rows = tokenizer.encode_batch(list(prompts))
+        return torch.tensor([row.ids for row in rows]), torch.tensor([row.attention_mask for row in rows])
+    return tokenize
+
+
+# ------------------------------------------------------------------------------------------- weights
+
+class Pickle:
+    """The tensors of a torch pickle, as weights.Tensors has them. Opened with weights_only=True, which runs no code."""
+
+    def __init__(self, file):
+        self.where = str(file)
+        load = lambda mmap: torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+        try:
+            try:
+                raw = load(mmap=True)
+            except RuntimeError:  # the format before torch 1.6 cannot be mapped
+                raw = load(mmap=False)
+            raw = raw.get("state_dict", raw)
+        except Exception as error:
+            raise InputError(f"{file}: not a whole torch pickle of plain tensors ({first_line(error)}); copy or download it again") from None
+        self.tensors = {k.removeprefix("module."): v for k, v in raw.items() if isinstance(v, torch.Tensor)}
+        self.shapes = {k: tuple(v.shape) for k, v in self.tensors.items()}
+
+    def read(self, key, dtype, device):
+        tensor = self.tensors[key]
+        if tensor.is_floating_point():
+            require(finite(tensor), f"{self.where}: {key} holds NaN or infinity; the file is damaged, use another")
+            tensor = tensor.to(dtype=dtype)
+        return tensor.to(device)
+
+
+CLIP_MODEL = {  # transformers' CLIPModel -> open_clip
+    "text_model.embeddings.token_embedding": "token_embedding", "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.final_layer_norm": "ln_final", "text_model.encoder.layers": "transformer.resblocks", "text_projection.weight": "text_projection",
+    "vision_model.embeddings.class_embedding": "visual.class_embedding", "vision_model.embeddings.patch_embedding": "visual.conv1",
+    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding", "vision_model.pre_layrnorm": "visual.ln_pre",
+    "vision_model.post_layernorm": "visual.ln_post", "vision_model.encoder.layers": "visual.transformer.resblocks",
+    "visual_projection.weight": "visual.proj", "layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj"}
+CLIP_MODEL |= {f"self_attn.{c}_proj.{kind}": f"attn.in_proj_{kind}" for c in "qkv" for kind in ("weight", "bias")}
+
+
+class AsOpenClip:
+    """The tensors of a file in the layout of transformers' CLIPModel, under open_clip's names: q, k, v stacked, projections turned."""
+
+    def __init__(self, tensors):
+        self.tensors, self.where, self.sources = tensors, tensors.where, {}
+        for key in sorted(tensors.shapes, key=lambda key: [f".{c}_proj." in key for c in "vk"]):  # q, k, v
+            self.sources.setdefault(single_file.replace_all(key, CLIP_MODEL), []).append(key)
+        empty = lambda key: torch.empty(tensors.shapes[key], device="meta")
+        self.shapes = {name: tuple(self.join(name, map(empty, keys)).shape) for name, keys in self.sources.items()}
+
+    @staticmethod
+    def join(name, parts):
+        parts = list(parts)
+        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return tensor.T.contiguous() if name in ("text_projection", "visual.proj") else tensor
+
+    def read(self, key, dtype, device):
+        return self.join(key, (self.tensors.read(source, dtype, device) for source in self.sources[key]))
+
+
+@contextlib.contextmanager
+def parameters_on_meta():
+    """Modules built inside have parameters without memory, to be assigned, and real buffers."""
+    hook = register_module_parameter_registration_hook(lambda module, name, p: nn.Parameter(p.to("meta"), p.requires_grad))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def first_line(error):
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def find_weights(name, path):
+    """The file of a published reward: `path`, the file of that name in folder `path`, or the hub's, by way of its cache."""
+    known = PUBLISHED[name]
+    what = f"expected {known.file} of the hub's {known.repo} ({known.size}, sha256 {known.sha256}), or its tensors as safetensors"
+    if not path:
+        from huggingface_hub import hf_hub_download
+        try:
+            return Path(hf_hub_download(known.repo, known.file))
+        except Exception as error:  # of the hub, of HTTP, of the network: all of them mean that it is not to be had now
+            raise InputError(f"could not be fetched from the hub and is not in its cache ({first_line(error)}); {what}, "
+                             f"as {name}=/path/to/{known.file}") from None
+    path = Path(path) / known.file if Path(path).is_dir() else Path(path)
+    require(path.is_file(), f"{path}: no such file; {what}")
+    for other, theirs in PUBLISHED.items():
+        require(other == name or path.name != theirs.file or known.file == theirs.file, f"{path}: by its name the file of {other}; {what}")
+    return path
+
+
+def open_weights(file, ignored="^$"):
+    """A Component of the tensors of a safetensors file or a torch pickle."""
+    file = Path(file)
+    require(file.is_file(), f"{file}: no such file; expected weights as .safetensors or a torch pickle")
+    tensors = Tensors([file]) if file.suffix == ".safetensors" else Pickle(file)
+    return Component(str(file), {}, tensors, ignored=ignored)
+
+
+def load_clip(model, file, dtype, device, tag=None, tokenize=None, how=None, half=round):
+    """open_clip's `model` with the weights of `file`, or of its pretraining `tag` -> ClipReward."""
+    config, tags = open_clip.get_model_config(model), open_clip.list_pretrained_tags_by_model(model)
+    require(config is not None, f"clip:{model}: open_clip knows no such model; see open_clip.list_models()")
+    require(tag in tags if tag else file, f"clip:{model}:{tag or ''}: names no weights; open_clip has {', '.join(tags) or 'none'} for this model, "
+                                          f"and clip:{model}=FILE takes a file")
+    trained = open_clip.get_pretrained_cfg(model, tag) if tag else {}
+    config["quick_gelu"] = config.get("quick_gelu", False) or trained.get("quick_gelu", False)
+    custom = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
+    if "hf_model_name" in config["text_cfg"]:
+        config["text_cfg"]["hf_model_pretrained"] = False
+    kind = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP if custom else open_clip.CLIP
+    try:
+        file = file or open_clip.download_pretrained(trained)
+        tokenize = tokenize or open_clip.get_tokenizer(model)
+        with parameters_on_meta():
+            clip = kind(**config)
+    except Exception as error:
+        raise InputError(f"clip:{model}{f':{tag}' * bool(tag)}: could not be fetched from the hub and is not in its cache ({first_line(error)}); "
+                         f"give the weights of {trained.get('hf_hub', model).strip('/')}, as clip:{model}=/path/to/file") from None
+    component = open_weights(file, ignored=r"position_ids$|attn_mask$")  # buffers that some versions saved
+    if "text_model.embeddings.token_embedding.weight" in component.tensors.shapes:
+        component.tensors = AsOpenClip(component.tensors)
+    load_strictly(clip, component, dtype=dtype, device=device)
+    return ClipReward(clip, tokenize, how or trained.get("resize_mode", "shortest"), half, trained.get("mean", MEAN), trained.get("std", STD))
+
+
+def load_aesthetic(path, dtype, device):
+    head_path, _, clip_path = (path or "").partition(",")
+    component = open_weights(find_weights("aesthetic", head_path))
+    clip = load_clip(VIT_L, clip_path or None, dtype, device, tag=None if clip_path else "openai")
+    linear = "weight" in component.tensors.shapes
+    if linear:
+        component.source = lambda key: (key.removeprefix("layers.0."), None)
+    with parameters_on_meta():
+        head = Head(clip.clip.visual.output_dim, **{"layers": {0: 1}} if linear else {})
+    load_strictly(head, component, dtype=at_least_float32(dtype), device=device)
+    return AestheticReward(clip, head)
+
+
+def load_imagereward(path, dtype, device):
+    with parameters_on_meta():
+        reward = ImageReward(bert_tokenizer(ImageReward.LENGTH))
+    # the two projections are left over from BLIP's pre-training
+    component = open_weights(find_weights("imagereward", path), r"^blip\.(vision|text)_proj\.|position_ids$")
+    load_strictly(reward, component, dtype=at_least_float32(dtype), device=device)
+    reward.blip.to(dtype=dtype)
+    return reward
+
+
+def load_function(path):
+    module, _, name = path.rpartition(".")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except Exception as error:
+        raise InputError(f"cannot be imported ({first_line(error)}); expected module.function on Python's path") from None
+    require(callable(function), f"{path} is {type(function).__name__}, not callable; expected function(images, prompts) -> scores")
+    return BlackBox(function)
+
+
+def load_part(name, option, path, dtype, device):
+    require(not option or name in ("clip", "python"), f":{option} means nothing to {name}")
+    if name in ("hpsv2.1", "hpsv2"):
+        return load_clip(VIT_H, find_weights(name, path), dtype, device, how="longest")
+    if name == "pickscore":  # trained and published with transformers: its words, its crop
+        words = padded(single_file.tokenizer("sd1", load_tokenizer))
+        return load_clip(VIT_H, find_weights(name, path), dtype, device, tokenize=words, half=math.floor)
+    if name == "imagereward":
+        return load_imagereward(path, dtype, device)
+    if name == "aesthetic":
+        return load_aesthetic(path, dtype, device)
+    if name == "clip":
+        model, _, tag = (option or VIT_H).partition(":")
+        return load_clip(model, path, dtype, device, tag or (None if path or option else "laion2b_s32b_b79k"))
+    if name == "pocket":
+        return PocketReward.from_pretrained(path or POCKET_REWARD).to(device=device, dtype=dtype)
+    require(not path, f"={path} means nothing to {name}")
+    return BlackBox(jpeg_kilobytes) if name == "jpeg" else load_function(option)
+
+
+def parse_spec(spec):
+    """"hpsv2.1=FILE*1.0+jpeg" -> [(name, option, path, factor), ...]. A + divides only where a known name follows: file names have it too."""
+    names = "|".join(map(re.escape, NAMES))
+    parts = []
+    for part in re.split(rf"\+(?=(?:{names})(?:[:=*+]|$))", spec):
+        text, _, factor = part.rpartition("*") if "*" in part else (part, "", "1")
+        name, option, path = re.fullmatch(r"([^:=]*)(?::([^=]*))?(?:=(.*))?", text, re.DOTALL).groups()
+        require(name in NAMES, f"--reward {spec}: {name or 'nothing'} is not a reward; expected none, or {', '.join(NAMES)}, or a sum of them "
+                               f"such as hpsv2.1*1.0+imagereward*0.1")
+        try:
+            factor = float(factor)
+        except ValueError:
+            factor = math.nan
+        require(math.isfinite(factor), f"--reward {spec}: the weight of {name} is not a number; expected {name}*NUMBER")
+        parts.append((name, option, path, factor))
+    return parts
+
+
+def load_reward(spec, device=None, dtype=None, grad_checkpoint=False):
+    """spec: see the top of this file -> Reward, frozen, in eval mode, differentiable with respect to the images.
+
+    dtype (float32 if None) is that of the networks' weights; resizing, features' cosine, heads and scores stay in float32.
+    grad_checkpoint: recompute the image tower's activations in the backward pass: less memory, more time.
+    A missing file is fetched from the hub; without one, InputError names the file, its size and its sha256 where known.
+
+    Scores are cosines for the CLIPs; PickScore's own paper prints 100 times that (its logit scale): pickscore*100. HPSv2's package
+    resizes a tensor with whatever torchvision is installed, before 0.17 without antialiasing. Ours is antialiased, as there since, so
+    for pictures larger than 224 it equals the package on a current torchvision and not the numbers printed before."""
+    rewards, factors = [], []
+    for name, option, path, factor in parse_spec(spec):
+        title = name + (f":{option}" if option else "")
+        try:
+            reward = load_part(name, option, path, dtype, device)
+        except InputError as error:
+            raise InputError(f"--reward {title}: {error}") from None
+        require(title not in [r.name for r in rewards], f"--reward {spec}: {title} stands there twice; give it once, with the sum of the weights")
+        reward.name = title
+        rewards.append(reward)
+        factors.append(factor)
+    reward = rewards[0] if factors == [1.0] else Mixture(rewards, factors)
+    if grad_checkpoint:
+        for module in reward.modules():
+            if hasattr(module, "grad_checkpointing"):  # the blocks of open_clip and timm
+                module.grad_checkpointing = True
+    return reward.to(device=device).eval().requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------------- the command
+
+def read_picture(file):
+    """A picture file -> [1,3,H,W] in [0,1]."""
+    try:
+        picture = Image.open(file).convert("RGB")
+    except Exception as error:
+        raise InputError(f"{file}: not a readable picture ({first_line(error)})") from None
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
+
+
+@torch.no_grad()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture files")
+    parser.add_argument("--reward", default="pocket", help="reward model, see above (default: pocket)")
+    parser.add_argument("--prompt", action="append", required=True, help="one for all pictures, or repeated, one a picture")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--precision", default="fp32", choices=("auto", "bf16", "fp32"), help="arithmetic of the networks (default: fp32)")
+    args = parser.parse_intermixed_args()
+    require(len(args.prompt) in (1, len(args.images)), f"{len(args.images)} images for {len(args.prompt)} prompts; give one, or one an image")
+    device = pick_device(args.device)
+    reward = load_reward(args.reward, device)
+    several = isinstance(reward, Mixture)
+    if several:
+        print("\t".join(("sum", *reward.weights, "image")))
+    for file, prompt in zip(args.images, args.prompt * (len(args.images) if len(args.prompt) == 1 else 1)):
+        with autocast(device, pick_precision(args.precision, device)):
+            parts = reward.parts(read_picture(file).to(device), [prompt])
+        total = sum(reward.weights[name] * part.item() for name, part in parts.items())
+        print("\t".join([f"{total:.4f}", *(f"{part.item():.4f}" for part in parts.values() if several), str(file)]))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -5,7 +5,7 @@
 
     torchrun --nproc_per_node=8 train.py --teacher MODEL --data 'cc12m/*.tar' --out runs/sd21 --resolution 512 \\
         --batch-size 16 --steps 10000 --lr 1e-6 --lr-schedule constant --w-min 5 --w-max 15 --ddim-steps 50 \\
-        --reward none --grad-checkpoint --workers 8
+        --reward hpsv2.1 --reward-scale 1 --reward-batch 4 --grad-checkpoint --workers 8
 
 To resume, run the same command. All randomness is a function of the seed and of the sample's place in the stream of samples,
 so a resumed run draws the same, and so does a run on another number of processes with as many pictures a step.
@@ -47,13 +47,13 @@ class Config:
     data: str = option(str(POCKET / "data" / "train-*.tar"), "shards: a tar, a folder, or a glob")
     out: str = option("runs/pocket", "run folder; a run found there is resumed")
     resolution: int = option(64, "side of the training pictures in pixels")
-    batch_size: int = option(32, "pictures per process in one pass")
+    batch_size: int = option(16, "pictures per process in one pass")
     grad_accum: int = option(1, "passes per optimizer step")
-    steps: int = option(300, "optimizer steps")
+    steps: int = option(600, "optimizer steps")
     lr: float = option(3e-4, "learning rate (published SD2.1 recipe: 1e-6, constant)")
     lr_schedule: str = option("cosine", "after a warm-up of 20 steps", choices=("constant", "cosine"))
     seed: int = option(0, "seed of everything random")
-    reward: str = option("pocket", "reward model (reward.py), or none for plain LCD")
+    reward: str = option("pocket", "reward model or weighted sum of them (reward.py), or none for plain LCD")
     reward_scale: float = option(0.2, "beta: weight of the reward in the loss")
     reward_batch: int = option(16, "rows of a pass that are decoded and rewarded")
     latent_rm: str | None = option(None, "latent proxy reward model to train through")
@@ -65,9 +65,9 @@ class Config:
     precision: str = option("auto", "arithmetic of the networks; weights stay float32", choices=("auto", "bf16", "fp32"))
     compile: bool = option(torch.cuda.is_available(), "torch.compile the networks")
     grad_checkpoint: bool = option(False, "recompute activations in the backward pass: less memory, 1.3x time")
-    checkpoint_every: int = option(100, "steps between checkpoints")
+    checkpoint_every: int = option(200, "steps between checkpoints")
     log_every: int = option(10, "steps between lines of log.jsonl")
-    sample_every: int = option(100, "steps between sample grids")
+    sample_every: int = option(200, "steps between sample grids")
     keep: int = option(2, "checkpoints kept")
     workers: int = option(0, "data loading processes")
     device: str = option("auto", "auto, cpu or cuda")
@@ -111,9 +111,11 @@ def distillation_loss(model, teacher, student, target, reward, solver, batch, ar
         rows = slice(args.reward_batch)
         decode = (lambda x: checkpoint(model.vae.decode, x, use_reentrant=False)) if args.grad_checkpoint else model.vae.decode
         images = (decode(prediction[rows]).float() / 2 + 0.5).clamp(0, 1)
-        score = reward(images, captions[rows]).mean()
+        parts = {name: scores.mean() for name, scores in reward.parts(images, captions[rows]).items()}
+        score = sum(reward.weights[name] * part for name, part in parts.items())
         loss = lcd - args.reward_scale * score  # eq. 8
         stats["reward"] = score.detach()
+        stats |= {f"reward/{name}": part.detach() for name, part in parts.items() if len(parts) > 1}
     return loss, stats | {"loss": loss.detach()}
 
 
@@ -224,7 +226,9 @@ def main():
     # Frozen: VAE, text encoder, teacher, reward. Trained in float32: the student; its EMA is the target.
     model = Model.from_pretrained(args.teacher, device, dtype)
     teacher = model.check(UNet.from_pretrained(args.teacher, device=device, dtype=dtype), args.teacher).requires_grad_(False)
-    reward = None if args.reward == "none" else load_reward(args.reward, device)
+    reward = None if args.reward == "none" else load_reward(args.reward, device, grad_checkpoint=args.grad_checkpoint)
+    require(reward is None or reward.differentiable, f"--reward {args.reward}: a black box, which gives no gradient to maximise; "
+                                                     f"it needs a latent proxy reward model (--latent-rm)")
     shards = Shards(args.data, args.resolution)
     solver = DDIMSolver(model.schedule, args.ddim_steps)
     require(args.resolution % model.vae.factor == 0, f"--resolution {args.resolution}: expected a multiple of {model.vae.factor}")
@@ -238,6 +242,8 @@ def main():
     if args.compile:
         for network in (student, target, teacher):
             network.compile()
+        if reward is not None:
+            reward.compile()
 
     rows = args.batch_size * args.grad_accum
     stream = batches(shards, args.seed, start, args.steps, rows, rank, world, args.workers)

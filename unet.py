@@ -36,7 +36,7 @@ class UNetConfig:
     lcm_grid: int | None = None  # N, the points of the solver's grid a student was distilled on; ours, None means 50
 
     absent: ClassVar = {"use_linear_projection": False, "attention_head_dim": 8, "cross_attention_dim": 1280}
-    ignored: ClassVar = set()
+    ignored: ClassVar = {"addition_embed_type_num_heads"}  # says nothing while addition_embed_type is None
     inert: ClassVar = {  # fields with the only values we build
         "act_fn": ("silu",), "conv_in_kernel": (3,), "conv_out_kernel": (3,), "downsample_padding": (1,),
         "flip_sin_to_cos": (True,), "mid_block_scale_factor": (1, 1.0), "mid_block_type": ("UNetMidBlock2DCrossAttn",),

@@ -73,8 +73,8 @@ class Tensors:
 
 
 def finite(tensor):
-    """Is every number finite? A sum is quick and spreads any NaN or infinity; only one that is not finite asks for a closer look."""
-    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
+    """Is every number finite? The extremes tell: NaN spreads to both."""
+    return all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
 
 
 def refuse_pickle(file):
@@ -190,7 +190,8 @@ def local(path, name):
         return path
     from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
     try:
-        return Path(snapshot_download(text, allow_patterns=files_needed(HfApi().list_repo_files(text), name)))
+        listing = [file.rfilename for file in HfApi().model_info(text, timeout=20).siblings]  # gives up at once when there is no network
+        return Path(snapshot_download(text, allow_patterns=files_needed(listing, name)))
     except Exception as error:  # of the hub, of HTTP, of the network: all of them mean that it is not to be had now
         for file in (f"{name}/config.json", "config.json", "scheduler/scheduler_config.json"):
             cached = try_to_load_from_cache(text, file)

@@ -438,7 +438,7 @@ def stage_student(args):
     from unet import UNet
     results = {"plain": train(args.work / "plain", "--reward", "none")[-1]}  # as long as the default run
     (POCKET / "results.json").write_text(json.dumps(results, indent=1))
-    train(args.work / "student", "--steps", str(max(1, round(STEPS["student"] * args.scale))), "--reward-scale", "0.3")
+    train(args.work / "student", "--steps", str(max(1, round(STEPS["student"] * args.scale))), "--batch-size", "32", "--reward-scale", "0.3")
     UNet.from_pretrained(args.work / "student/unet_target").save_pretrained(POCKET / "student", dtype=torch.float16)
     subprocess.run([sys.executable, str(POCKET.parent / "evaluate.py"), "--real", "--out", str(args.work / "shipped")], check=True)
     shutil.copy(args.work / "shipped/grid.png", POCKET / "grid.png")

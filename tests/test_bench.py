@@ -1,12 +1,46 @@
 import json
 
+import pytest
+import torch
+
 import bench
-from conftest import call
+from conftest import agree, call
+from sample import Model
+from unet import UNet
 
 
-def test_last_line_is_one_json_document_with_every_part(capsys):
-    assert call(bench.main, "--repeats", 1, "--warmup", 1, "--device", "cpu", "--precision", "fp32") == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    for name in ("unet", "vae decode", "2-step picture", "training step"):
-        assert result["rows"][name]["median"] > 0 and result["rows"][name]["tflop"] > 0
-    assert result["rows"]["2-step picture"]["tflop"] > 2 * result["rows"]["unet"]["tflop"]
+def run(capsys, *argv):
+    assert call(bench.main, "--repeats", 1, "--warmup", 1, "--device", "cpu", "--precision", "fp32", *argv) == 0
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_last_line_is_one_json_document_with_every_part_and_diffusers_beside_it(capsys):
+    rows = run(capsys, "--against", "diffusers")["rows"]
+    assert list(rows) == list(bench.ROWS)
+    for name, row in rows.items():
+        assert 0 < row["min"] <= row["median"] <= row["max"] and row["first"] > 0
+        if name != "optimizer":
+            assert row["tflop"] > 0 and row["ratio"] == pytest.approx(row["diffusers"]["median"] / row["median"])
+    assert rows["picture"]["tflop"] > 2 * rows["unet"]["tflop"] + rows["vae_decode"]["tflop"]
+    # student 3 (forward and backward), teacher 2 (guidance), target 1
+    assert rows["training_step"]["tflop"] > 5.5 * rows["unet"]["tflop"]
+
+
+def test_diffusers_is_given_the_same_work(model_folder):
+    device = torch.device("cpu")
+    args = bench.Config(batch=2)
+    args.rows = bench.ROWS
+    model = Model.from_pretrained(model_folder, device, torch.float32)
+    unet = UNet.from_pretrained(model_folder / "student").requires_grad_(False)
+    pair = UNet.from_pretrained(model_folder / "student").train(), UNet.from_pretrained(model_folder / "student")
+    torch.manual_seed(0)
+    ours = bench.work(args, model, unet, lambda: pair)
+    torch.manual_seed(0)
+    theirs, _ = bench.diffusers_work(args, model, unet, lambda: pair)
+    for name in ("unet", "vae_decode", "text_encode"):
+        agree(ours[name](), theirs[name]())
+
+
+def test_some_rows_can_be_chosen_and_unknown_ones_are_refused(capsys):
+    assert list(run(capsys, "--rows", "unet,text_encode")["rows"]) == ["unet", "text_encode"]
+    assert call(bench.main, "--rows", "unet,warp") == 2 and "warp" in capsys.readouterr().err

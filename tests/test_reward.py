@@ -38,7 +38,7 @@ def test_scores_equal_open_clip(reward, model_folder):
 def test_other_sizes_are_resized_antialiased(size, reward):
     images = pictures(*size)
     resized = F.interpolate(images, (32, 32), mode="bicubic", antialias=True)
-    agree(reward(images, PROMPTS), reward(resized, PROMPTS), 1e-5)
+    agree(reward(images, PROMPTS), reward.score(resized, reward.encode(PROMPTS)), 1e-5)
 
 
 def test_gradient_to_the_image_equals_finite_differences(model_folder):
@@ -75,7 +75,7 @@ def test_a_half_precision_file_scores_in_float32(reward, model_folder, tmp_path)
     agree(load_reward(f"pocket={tmp_path}")(pictures(32, 32), PROMPTS), reward(pictures(32, 32), PROMPTS), 1e-2)
 
 
-@pytest.mark.parametrize("spec", ["hpsv2", "none", "pocket=/no/such/folder"])
+@pytest.mark.parametrize("spec", ["beauty", "none", "pocket=/no/such/folder"])
 def test_unknown_reward_is_refused(spec):
     with pytest.raises(InputError, match=spec.removeprefix("pocket=")):
         load_reward(spec)

@@ -223,6 +223,16 @@ def test_a_run_leaves_all_its_parts_and_students_that_diffusers_opens(fit, tmp_p
     assert apart(weights(out), start_of(model_folder)) > 1e-4 and weights(out)["time_embedding.cond_proj.weight"].any()
 
 
+def test_the_parts_of_a_sum_of_rewards_add_up(scene):
+    from reward import Mixture
+    first, second = scene["reward"], load_reward(f"pocket={ROOT / 'pocket' / 'judge'}")
+    second.name = "judge"
+    one, _ = train.distillation_loss(**scene | {"reward": None})
+    loss, stats = train.distillation_loss(**scene | {"reward": Mixture([first, second], [0.5, 2.0])})
+    assert stats["reward"].item() == pytest.approx(0.5 * stats["reward/pocket"].item() + 2 * stats["reward/judge"].item(), rel=1e-5)
+    assert loss.item() == pytest.approx(one.item() - 0.7 * stats["reward"].item(), rel=1e-5)
+
+
 def test_target_is_the_moving_average_of_the_student(fit, tmp_path, model_folder):
     assert fit(tmp_path, steps=3, ema=0.8, checkpoint_every=1, keep=3) == 0
     target = start_of(model_folder)
@@ -310,6 +320,7 @@ WRONG = {
     "grid that does not divide": ({"ddim_steps": 51}, "51"),
     "resolution that does not divide": ({"resolution": 30}, "--resolution 30"),
     "no such reward": ({"reward": "beauty"}, "beauty"),
+    "a reward without gradient": ({"reward": "pocket+jpeg"}, "--latent-rm"),
     "no such data": ({"data": "/none/*.tar"}, "/none"),
     "no such teacher": ({"teacher": "/none/model"}, "/none/model"),
     "unwritable out": ({"out": "/dev/null/run"}, "/dev/null/run"),

@@ -10,6 +10,7 @@ import threading
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from conftest import ROOT, UNET, randomize
@@ -66,6 +67,17 @@ def test_shards_are_read_through_their_index(index, suffix, component):
     next(file.parent.glob("*-00002-of-00002*")).unlink()
     with pytest.raises(InputError, match="00002-of-00002.*copy them all"):
         cls.from_pretrained(file.parent)
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+@pytest.mark.parametrize("shard", ["10GB", "100KB"])
+@pytest.mark.parametrize("name", ["unet", "student", "vae"])
+def test_what_diffusers_saves_is_read(name, shard, variant, model_folder, tmp_path):
+    theirs = (AutoencoderKL if name == "vae" else UNet2DConditionModel).from_pretrained(model_folder / name)
+    theirs.save_pretrained(tmp_path / name, variant=variant, max_shard_size=shard)  # every field in config.json, its own names of files
+    assert (len(list((tmp_path / name).glob("*.safetensors"))) > 1) == (shard == "100KB")
+    loaded = (VAE if name == "vae" else UNet).from_pretrained(tmp_path / name)
+    assert same(loaded, (VAE if name == "vae" else UNet).from_pretrained(model_folder / name))
 
 
 def test_the_component_folder_its_parent_and_its_file_are_the_same(model_folder):
