@@ -41,7 +41,7 @@ sys.path.insert(0, str(POCKET.parent))
 SIZE = 64
 HELD_OUT = 256  # of 3,373: as many as the retrieval among 256 prompts needs
 VOCABULARY = 4096
-STEPS = {"vae": 4500, "judge": 2000, "reward": 900, "text": 500, "teacher": 2400, "student": 1000}  # times --scale
+STEPS = {"vae": 4500, "judge": 2000, "reward": 900, "text": 500, "teacher": 2400, "plain": 600, "student": 1000}  # times --scale
 BATCH = {"vae": 16, "judge": 128, "reward": 96, "text": 128, "teacher": 64}
 
 
@@ -212,6 +212,14 @@ def vary(captions, rng):
     return out
 
 
+def rarity(captions):
+    """How likely each picture is to be drawn: 1 / sqrt(the number that share its concept), since six skin tones of one gesture or 227
+    flags teach less than as many different things."""
+    concepts = [caption.split(", ")[0].split(":")[0] for caption in captions]
+    count = collections.Counter(concepts)
+    return torch.tensor([count[concept] ** -0.5 for concept in concepts])
+
+
 def draw(count, batch, generator):
     return torch.randint(0, count, (batch,), generator=generator)
 
@@ -371,6 +379,9 @@ def stage_teacher(args):
     model = CLIPTextModel(CLIPTextConfig(**TEXT_ENCODER, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
                                          pad_token_id=tokenizer.pad_token_id))
     text_encoder = TextEncoder(model, tokenizer).to(args.device)
+    unet, schedule = UNet(UNetConfig(**UNET)).to(args.device), NoiseSchedule(device=args.device)
+    print(f"teacher: UNet {sum(p.numel() for p in unet.parameters()) / 1e6:.1f} M, "
+          f"text encoder {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
     latents, captions = encode_split(*read_split("train"), args)
 
     # First against latents, so that neither the reward nor the judge has any part in it.
@@ -389,12 +400,13 @@ def stage_teacher(args):
         ids = text_encoder.tokenize(vary([captions[i] for i in chosen], random.Random(step)))
         return contrast(ids.to(args.device), latents[chosen.to(args.device)])
 
-    fit("text", args, {"text": (model, 1.0), "image": (image_tower, 1.0), "head": (head, 1.0), "scale": (scale, 1.0)},
-        contrast_of_step, 7e-4, weight_decay=0.1)
-
-    unet, schedule = UNet(UNetConfig(**UNET)).to(args.device), NoiseSchedule(device=args.device)
-    print(f"teacher: UNet {sum(p.numel() for p in unet.parameters()) / 1e6:.1f} M, "
-          f"text encoder {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
+    if args.go_on:
+        unet.load_state_dict(UNet.from_pretrained(POCKET).state_dict())
+        model.load_state_dict(TextEncoder.from_pretrained(POCKET).model.state_dict())
+    else:
+        fit("text", args, {"text": (model, 1.0), "image": (image_tower, 1.0), "head": (head, 1.0), "scale": (scale, 1.0)},
+            contrast_of_step, 7e-4, weight_decay=0.1)
+    likely = rarity(captions)
 
     def denoise(ids, z, noise, t):
         noisy = schedule.add_noise(z, noise, t)
@@ -408,7 +420,7 @@ def stage_teacher(args):
     compiled = torch.compile(denoise, options={"pattern_matcher": False} if args.device == "cpu" else None)
 
     def denoise_of_step(step, generator):
-        chosen = draw(len(captions), BATCH["teacher"], generator)
+        chosen = torch.multinomial(likely, BATCH["teacher"], replacement=True, generator=generator)
         rng = random.Random(step)
         prompts = ["" if rng.random() < 0.1 else c for c in vary([captions[i] for i in chosen], rng)]
         noise = torch.randn(len(chosen), *latents.shape[1:], generator=generator)
@@ -416,7 +428,7 @@ def stage_teacher(args):
         return compiled(text_encoder.tokenize(prompts).to(args.device), latents[chosen.to(args.device)],
                         noise.to(args.device), t.to(args.device))
 
-    fit("teacher", args, {"unet": (unet, 1.0), "text": (model, 0.3)}, denoise_of_step, 1e-3, ema=0.999)
+    fit("teacher", args, {"unet": (unet, 1.0), "text": (model, 0.3)}, denoise_of_step, 6e-4 if args.go_on else 1e-3, ema=0.999)
     unet.save_pretrained(POCKET / "unet", dtype=torch.float16)
     text_encoder.save_pretrained(POCKET, dtype=torch.float16)
     (POCKET / "scheduler").mkdir(exist_ok=True)
@@ -436,9 +448,10 @@ def train(out, *options):
 
 def stage_student(args):
     from unet import UNet
-    results = {"plain": train(args.work / "plain", "--reward", "none")[-1]}  # as long as the default run
+    steps = lambda name: str(max(1, round(STEPS[name] * args.scale)))
+    results = {"plain": train(args.work / "plain", "--reward", "none", "--steps", steps("plain"))[-1]}  # as long as the default run
     (POCKET / "results.json").write_text(json.dumps(results, indent=1))
-    train(args.work / "student", "--steps", str(max(1, round(STEPS["student"] * args.scale))), "--batch-size", "32", "--reward-scale", "0.3")
+    train(args.work / "student", "--steps", steps("student"), "--batch-size", "32", "--reward-scale", "0.3")
     UNet.from_pretrained(args.work / "student/unet_target").save_pretrained(POCKET / "student", dtype=torch.float16)
     subprocess.run([sys.executable, str(POCKET.parent / "evaluate.py"), "--real", "--out", str(args.work / "shipped")], check=True)
     shutil.copy(args.work / "shipped/grid.png", POCKET / "grid.png")
@@ -457,6 +470,7 @@ def main():
     parser.add_argument("--packages", type=Path, default=Path("."), help="folder with the two .tgz of npm pack")
     parser.add_argument("--work", type=Path, default=POCKET / "state", help="folder for the state of unfinished stages")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--go-on", action="store_true", help="teacher: start from the weights in pocket/, not from noise")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every stage's number of steps (0.01: a rehearsal)")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
