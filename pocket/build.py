@@ -41,7 +41,7 @@ sys.path.insert(0, str(POCKET.parent))
 SIZE = 64
 HELD_OUT = 256  # of 3,373: as many as the retrieval among 256 prompts needs
 VOCABULARY = 4096
-STEPS = {"vae": 4500, "judge": 2000, "reward": 900, "text": 500, "teacher": 2400, "plain": 600, "student": 1000}  # times --scale
+STEPS = {"vae": 4500, "judge": 2000, "reward": 900, "text": 500, "teacher": 2400, "plain": 600, "student": 2400}  # times --scale
 BATCH = {"vae": 16, "judge": 128, "reward": 96, "text": 128, "teacher": 64}
 
 
@@ -451,7 +451,7 @@ def stage_student(args):
     steps = lambda name: str(max(1, round(STEPS[name] * args.scale)))
     results = {"plain": train(args.work / "plain", "--reward", "none", "--steps", steps("plain"))[-1]}  # as long as the default run
     (POCKET / "results.json").write_text(json.dumps(results, indent=1))
-    train(args.work / "student", "--steps", steps("student"), "--batch-size", "32", "--reward-scale", "0.3")
+    train(args.work / "student", "--steps", steps("student"), "--reward-scale", "0.3")
     UNet.from_pretrained(args.work / "student/unet_target").save_pretrained(POCKET / "student", dtype=torch.float16)
     subprocess.run([sys.executable, str(POCKET.parent / "evaluate.py"), "--real", "--out", str(args.work / "shipped")], check=True)
     shutil.copy(args.work / "shipped/grid.png", POCKET / "grid.png")
