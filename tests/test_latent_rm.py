@@ -219,9 +219,8 @@ def posteriors(file, shape=(4, 8, 8)):
 
 def test_pre_training_finds_the_captions_of_what_it_saw(pretrain, tmp_path):
     data = posteriors(tmp_path / "latents.tar")
-    assert pretrain(tmp_path, data=data, heldout=data, steps=80, batch_size=8, warmup=10, lr=3e-3, checkpoint_every=100) == 0
-    (first,), *_, (last,) = [row for row in log(tmp_path, "retrieval") if row[0] is not None]
-    assert first <= 0.5 and last >= 0.75  # chance: 1 in 8
+    assert pretrain(tmp_path, data=data, heldout=data, steps=30, batch_size=8, warmup=10, checkpoint_every=100) == 0
+    assert log(tmp_path, "retrieval")[-1][0] >= 0.75  # chance: 1 in 8
     losses = [loss for loss, in log(tmp_path, "loss")]
     assert losses[0] > 1.5 and losses[-1] < 0.7
 
