@@ -9,6 +9,10 @@
     text_encode      prompt -> embeddings, tokenizer included
     picture          prompt -> image in 2 steps: all of the above, the sampler included
     training_step    distillation loss without reward, and its backward pass (train.py)
+    reward_direct    direct reward: decode, score, and back to the latents
+    reward_latent    the same reward through the latent proxy: its score and back to the latents, three decoded candidates compared by
+                     the expert, the proxy's own loss and back to its top
+    reward_student   the student's part of that: the price of one more rewarded row that the expert does not compare
     optimizer        gradient clipping, AdamW and EMA
 
 Every row is timed --repeats times after --warmup calls; the first call, which compiles, is apart. diffusers does the same work on the
@@ -22,22 +26,26 @@ import statistics
 import time
 from dataclasses import dataclass
 
+import open_clip
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import single_file
 from cli import autocast, fast_attention, option, parse, peak_memory, pick_device, pick_precision, require, run
+from latent_rm import build, frozen
+from latent_rm import Config as LatentRMTraining
 from lcm_solver import DDIMSolver, NoiseSchedule, guidance_embedding
+from reward import ClipReward, load_reward
 from sample import POCKET, Model
 from text_encoder import TextEncoder
 from train import Config as TrainConfig
-from train import W_DIM, distillation_loss
+from train import W_DIM, direct_reward, distillation_loss, latent_reward
 from unet import UNet, UNetConfig
 from vae import VAE
 from weights import InputError, load_tokenizer
 
-ROWS = ("unet", "vae_decode", "text_encode", "picture", "training_step", "optimizer")
+ROWS = ("unet", "vae_decode", "text_encode", "picture", "training_step", "reward_direct", "reward_latent", "reward_student", "optimizer")
 
 
 @dataclass
@@ -65,6 +73,43 @@ def random_model(device, dtype):
     return Model(vae, text_encoder, NoiseSchedule(device=device), device, dtype), unet
 
 
+def rewards(size, device, dtype, side):
+    """The expert and the latent proxy, for latents of that side: the pocket's reward and a proxy of the pocket's size, or HPSv2.1's
+    network and the published proxy's, with random weights."""
+    with device:
+        latent_rm = build(LatentRMTraining(size=size), (4, side, side)).train()
+    latent_rm.train_top(TrainConfig.rm_image_layers, TrainConfig.rm_text_layers)
+    if size == "pocket":
+        return load_reward("pocket", device), latent_rm
+    with device:
+        reward = ClipReward(open_clip.CLIP(**open_clip.get_model_config("ViT-H-14")), open_clip.get_tokenizer("ViT-H-14"), "longest")
+    return reward.to(dtype).eval().requires_grad_(False), latent_rm
+
+
+def reward_work(model, reward, latent_rm, z, prompts, settings):
+    """{row: function}. z: scaled latents [B,4,h,w]."""
+    prediction = z.clone().requires_grad_()
+
+    def run(loss):
+        def call():
+            with fast_attention(z.device):
+                with autocast(z.device, model.dtype):
+                    value = loss()
+                value.backward()
+            prediction.grad = None
+            latent_rm.zero_grad(set_to_none=True)
+        return call
+
+    def student():
+        text = latent_rm.text_features(prompts).detach()
+        with frozen(latent_rm):
+            return (latent_rm.image_features(prediction / model.vae.config.scaling_factor) * text).sum()
+
+    return {"reward_direct": run(lambda: direct_reward(model, reward, prediction, prompts, settings)[0]),
+            "reward_latent": run(lambda: sum(latent_reward(model, latent_rm, reward, prediction, z, z, prompts, settings)[:2])),
+            "reward_student": run(student)}
+
+
 def work(args, model, unet, trained):
     """{row: function to time}. trained(): -> student and target, float32."""
     device, dtype = model.device, model.dtype
@@ -79,6 +124,9 @@ def work(args, model, unet, trained):
     calls = {"unet": lambda: unet(latents, t, context, embedding), "vae_decode": lambda: model.vae.decode(latents),
              "text_encode": lambda: model.text_encoder(prompts), "picture": lambda: model.draw(unet, prompts, range(args.batch), 2, 3.0)}
     calls = {name: torch.no_grad()(call) for name, call in calls.items()}
+    if {"reward_direct", "reward_latent", "reward_student"} & set(args.rows):
+        settings = TrainConfig(reward_batch=args.batch, rm_batch=args.batch, grad_checkpoint=args.grad_checkpoint)
+        calls |= reward_work(model, *rewards(args.size, device, dtype, side), z, prompts, settings)
     if not {"training_step", "optimizer"} & set(args.rows):
         return calls
     student, target = trained()

@@ -1,18 +1,37 @@
-"""The latent proxy reward model (LRM): a CLIP whose image tower reads latents (RG-LCD, section 4.2).
+"""The latent proxy reward model (LRM): a CLIP whose image tower reads latents (RG-LCD, section 4.2), and its pre-training.
 
 The student maximises the LRM's score without decoding anything; meanwhile the LRM learns to rank like the expert reward
-model, which is only ever asked to compare and so may be a black box.
+model, which is only ever asked to compare and so may be a black box. Before that, it learns what goes with what:
+
+    python latent_rm.py                                       # the pocket's, on a laptop
+    python train.py --latent-rm runs/latent_rm --rm-lr 1e-4   # distil through it
+
+    torchrun --nproc_per_node=8 latent_rm.py --size sd21 --model MODEL --data 'encoded/*.tar' --heldout 'encoded-heldout/*.tar' \\
+        --out runs/latent_rm21 --resolution 512 --batch-size 480 --lr 5e-4 --steps 100000 --warmup 2000 --text-tower HPS_v2.1_compressed.pt
+
+To resume, run the same command.
 """
+import contextlib
+import json
+import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from open_clip.transformer import TextTransformer
 from torch import nn
+from tqdm import tqdm
 
-from weights import load_component, load_tokenizer, save_component
+import single_file
+from cli import autocast, fast_attention, option, parse, pick_precision, require, run
+from data import POCKET, Shards, batches, positions
+from reward import open_clip_weights
+from vae import VAE
+from weights import InputError, find_component, load_component, load_strictly, load_tokenizer, save_component
 
 
 @dataclass(frozen=True)
@@ -56,35 +75,79 @@ class LatentViT(nn.Module):
 
 
 class LatentRM(nn.Module):
-    """latent_rm(unscaled latents [B,4,s,s], B prompts) -> [B] cosine similarities."""
+    """latent_rm(unscaled latents [B,C,s,s], B prompts) -> [B] cosine similarities, float32.
+
+    tokenizer: transformers' CLIPTokenizer. logit_scale: log of CLIP's inverse temperature, of pre-training only."""
 
     Config = LatentRMConfig
 
-    def __init__(self, config=LatentRMConfig()):
+    def __init__(self, config=LatentRMConfig(), tokenizer=None):
         super().__init__()
-        self.config = config
-        self.tokenizer = None
+        self.config, self.tokenizer = config, tokenizer
         self.visual = LatentViT(config)
         self.text = TextTransformer(config.context_length, config.vocab_size, config.text_width, config.text_heads,
                                     config.text_layers, output_dim=config.embed_dim)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     @classmethod
     def from_pretrained(cls, path, dtype=None, device=None):
-        """path: a folder with config.json, the weights, and tokenizer/ in it or beside it."""
+        """path: a folder with config.json, the weights, and tokenizer/ in it or beside it; or a run folder with latent_rm/ in it.
+        Raises InputError on anything but an exact fit."""
         latent_rm = load_component(cls, path, "latent_rm", dtype, device)
         latent_rm.text.attn_mask = latent_rm.text.build_causal_mask().to(device)  # not in the file
-        beside = [folder / "tokenizer" for folder in (Path(path), Path(path).parent)]
-        latent_rm.tokenizer = load_tokenizer(next((f for f in beside if f.is_dir()), beside[0]))
+        folder = find_component(path, "latent_rm").folder
+        words = next((f / "tokenizer" for f in (folder, folder.parent) if (f / "tokenizer").is_dir()), folder / "tokenizer")
+        latent_rm.tokenizer = load_tokenizer(words)
+        require(len(latent_rm.tokenizer) <= latent_rm.config.vocab_size, f"{words}: {len(latent_rm.tokenizer)} tokens, but {folder}/config.json "
+                                                                         f"says vocab_size {latent_rm.config.vocab_size}: do they belong together?")
         return latent_rm
 
     def save_pretrained(self, folder, dtype=None):
+        """Write config.json, the weights and tokenizer/ into `folder`."""
         save_component(self, folder, "LatentRM", dtype)
+        self.tokenizer.save_pretrained(Path(folder) / "tokenizer")
+
+    def read_text_tower(self, file):
+        """Take the text tower of a CLIP: a file of open_clip's layout or of transformers' CLIPModel, such as HPS_v2.1_compressed.pt.
+        Raises InputError on anything but an exact fit."""
+        component = open_clip_weights(file, r"^visual\.|^logit_(scale|bias)$|position_ids$|attn_mask$")
+        load_strictly(self.text, component, device=self.logit_scale.device)
+
+    def image_features(self, latents):
+        """Unscaled latents [B,C,s,s] -> unit vectors [B,D], float32."""
+        return F.normalize(self.visual(latents).float(), dim=-1)
+
+    def text_features(self, prompts):
+        """B prompts -> unit vectors [B,D], float32. A prompt is cut at the tower's context_length."""
+        ids = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=self.config.context_length,
+                             return_tensors="pt").input_ids
+        return F.normalize(self.text(ids.to(self.logit_scale.device)).float(), dim=-1)
 
     def forward(self, latents, prompts):
-        ids = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=self.config.context_length,
-                             return_tensors="pt").input_ids.to(latents.device)
-        image, text = F.normalize(self.visual(latents), dim=-1), F.normalize(self.text(ids), dim=-1)
-        return (image.float() * text.float()).sum(dim=-1)
+        return (self.image_features(latents) * self.text_features(prompts)).sum(dim=-1)
+
+    def compile(self, **options):
+        self.visual.compile(**options)
+        self.text.compile(**options)
+
+    def train_top(self, image_layers, text_layers):
+        """Make the last so many blocks of the two towers trainable, and nothing else. -> these parameters"""
+        self.requires_grad_(False)
+        for blocks, count in ((self.visual.blocks, image_layers), (self.text.transformer.resblocks, text_layers)):
+            blocks[max(0, len(blocks) - count):].requires_grad_(True)
+        return [p for p in self.parameters() if p.requires_grad]
+
+
+@contextlib.contextmanager
+def frozen(module):
+    """Inside, gradients pass through the module and stay out of its weights."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
 
 
 def preference_loss(expert_scores, lrm_scores, tau=1.0, tau_lrm=1.0, kind="kl"):
@@ -101,3 +164,191 @@ def preference_loss(expert_scores, lrm_scores, tau=1.0, tau_lrm=1.0, kind="kl"):
         return -log_q.gather(-1, expert.argmax(-1, keepdim=True)).mean(0).sum()
     log_p = F.log_softmax(expert / tau, dim=-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean(0).sum()
+
+
+def preference_accuracy(expert_scores, lrm_scores):
+    """Both [B, K], K candidates for the same prompt -> the share of the B K(K-1)/2 pairs that the LRM ranks as the expert does."""
+    pairs = torch.combinations(torch.arange(expert_scores.shape[1], device=expert_scores.device))  # [P, 2]
+    expert, lrm = (scores[:, pairs].diff(dim=-1).sign() for scores in (expert_scores, lrm_scores))
+    return (expert == lrm).float().mean()
+
+
+# ------------------------------------------------------------------------------------------- pre-training
+
+SIZES = {"sd21": {}, "pocket": dict(patch_size=2, width=192, layers=4, heads=6, embed_dim=192, text_width=192, text_layers=3, text_heads=6)}
+
+
+@dataclass
+class Config:
+    size: str = option("pocket", "of the towers (SIZES in this file)", choices=tuple(SIZES))
+    text_tower: str | None = option(None, "file of a CLIP whose text tower to begin with, such as HPS_v2.1_compressed.pt for sd21")
+    train_text: bool = option(True, "train the text tower too")
+    model: str = option(str(POCKET), "model folder, single file or hub id whose VAE encodes pictures; its tokenizer/, unless sd21")
+    data: str = option(str(POCKET / "data" / "train-*.tar"), "shards of pictures or of posteriors (data.py): a tar, a folder, or a glob")
+    heldout: str = option(str(POCKET / "data" / "heldout-*.tar"), "shards for the retrieval accuracy")
+    out: str = option("runs/latent_rm", "run folder; a run found there is resumed")
+    resolution: int = option(64, "side of the training pictures in pixels")
+    batch_size: int = option(64, "pairs per process; the loss compares those of all processes")
+    steps: int = option(500, "optimizer steps")
+    lr: float = option(1e-3, "peak learning rate (published: 5e-4)")
+    lr_schedule: str = option("cosine", "after the warm-up", choices=("constant", "cosine"))
+    warmup: int = option(50, "steps of warm-up")
+    weight_decay: float = option(0.1, "of AdamW, on matrices")
+    seed: int = option(0, "seed of everything random")
+    precision: str = option("auto", "arithmetic of the networks; weights stay float32", choices=("auto", "bf16", "fp32"))
+    compile: bool = option(torch.cuda.is_available(), "torch.compile the networks")
+    grad_checkpoint: bool = option(False, "recompute the text tower's activations in the backward pass: less memory, more time")
+    checkpoint_every: int = option(200, "steps between checkpoints")
+    log_every: int = option(20, "steps between lines of log.jsonl")
+    heldout_every: int = option(100, "steps between retrievals on the held-out pairs")
+    keep: int = option(2, "checkpoints kept")
+    workers: int = option(0, "data loading processes")
+    device: str = option("auto", "auto, cpu or cuda")
+
+
+class Gather(torch.autograd.Function):
+    """Features [B,D] of this process -> those of all, [world * B, D], in the order of ranks. Each process computes the whole loss from
+    them, so the gradient of its own rows is complete; times world, because parameters' gradients are averaged afterwards."""
+
+    @staticmethod
+    def forward(ctx, features, rank, world):
+        ctx.rank, ctx.world = rank, world
+        parts = [torch.empty_like(features) for _ in range(world)]
+        dist.all_gather(parts, features.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.chunk(ctx.world)[ctx.rank] * ctx.world, None, None
+
+
+def clip_loss(image, text, logit_scale):
+    """CLIP's loss on the unit features of B pairs, [B,D] each: every picture is to find its text, every text its picture, among all
+    (arXiv 2103.00020, figure 3)."""
+    logits, own = logit_scale.exp() * image @ text.T, torch.arange(len(image), device=image.device)
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+
+@torch.no_grad()
+def retrieval(latent_rm, latents, captions):
+    """Unscaled latents [N,C,s,s] and their N captions -> the share whose nearest caption among all is their own."""
+    image = torch.cat([latent_rm.image_features(part) for part in latents.split(64)])
+    text = torch.cat([latent_rm.text_features(captions[i:i + 64]) for i in range(0, len(captions), 64)])
+    nearest = (image @ text.T).argmax(dim=1).tolist()
+    return sum(captions[j] == caption for j, caption in zip(nearest, captions)) / len(captions)
+
+
+def check(args):
+    for name in ("batch_size", "steps", "resolution", "warmup", "checkpoint_every", "log_every", "heldout_every", "keep"):
+        require(getattr(args, name) >= 1, f"--{name.replace('_', '-')} {getattr(args, name)}: expected 1 or more")
+    require(args.workers >= 0, f"--workers {args.workers}: expected 0 or more")
+    require(args.lr > 0, f"--lr {args.lr}: expected more than 0")
+
+
+def build(args, shape):
+    """A new LatentRM for latents of that shape (C, s, s), the same on every process."""
+    sizes, (channels, side, _) = SIZES[args.size], shape
+    tokenizer = single_file.tokenizer("sd2", load_tokenizer) if args.size == "sd21" else load_tokenizer(Path(args.model) / "tokenizer")
+    config = LatentRMConfig(channels, side, context_length=tokenizer.model_max_length, vocab_size=len(tokenizer), **sizes)
+    require(side % config.patch_size == 0, f"--resolution {args.resolution}: latents of side {side}, expected a multiple of the patch size {config.patch_size}")
+    torch.manual_seed(args.seed)
+    latent_rm = LatentRM(config, tokenizer)
+    if args.text_tower:
+        try:
+            latent_rm.read_text_tower(args.text_tower)
+        except InputError as error:
+            raise InputError(f"--text-tower {args.text_tower} does not fit --size {args.size}: {error}") from None
+    return latent_rm
+
+
+def main():
+    from train import average_over_processes, open_run, random_draws, rate_factor, save_checkpoint, setup_processes, truncate_log
+    args = parse(Config(), __doc__)
+    check(args)
+    rank, world, device = setup_processes(args)
+    main_process, out = rank == 0, Path(args.out)
+    dtype = pick_precision(args.precision, device)
+    torch.set_float32_matmul_precision("high")
+    newest = open_run(args, rank, world)
+    start = int(newest.name.removeprefix("step-")) if newest else 0
+
+    shards, heldout = Shards(args.data, args.resolution), Shards(args.heldout, args.resolution)
+    vae = None if shards.encoded and heldout.encoded else VAE.from_pretrained(args.model, dtype, device).requires_grad_(False)
+    require(vae is None or args.resolution % vae.factor == 0, f"--resolution {args.resolution}: expected a multiple of {vae and vae.factor}")
+
+    @torch.no_grad()
+    def posterior(tensors):
+        """Pictures [B,3,R,R] or posteriors [B,2,C,s,s] -> mean and std of the unscaled latents, [B,C,s,s] each."""
+        parts = [part.unbind(1) if part.ndim == 5 else vae.posterior(part) for part in tensors.to(device, non_blocking=True).split(32)]
+        return [torch.cat(column).float() for column in zip(*parts)]
+
+    seen, seen_captions = zip(*(heldout[i] for i in range(min(256, len(heldout)))))
+    seen, shape = posterior(torch.stack(seen))[0], tuple(posterior(shards[0][0][None])[0].shape[1:])
+    require(seen.shape[1:] == shape, f"--heldout {args.heldout}: latents {tuple(seen.shape[1:])}, those of --data are {shape}; encode both alike")
+
+    latent_rm = (LatentRM.from_pretrained(newest / "latent_rm") if newest else build(args, shape)).to(device).train()
+    latent_rm.text.requires_grad_(args.train_text).set_grad_checkpointing(args.grad_checkpoint)
+    weights = [p for p in latent_rm.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW([{"params": [p for p in weights if p.ndim > 1], "weight_decay": args.weight_decay},
+                                   {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.98), fused=True)
+    if newest:
+        optimizer.load_state_dict(torch.load(newest / "optimizer.pt", map_location=device, weights_only=True))
+    if args.compile:
+        latent_rm.compile()
+    if main_process:
+        truncate_log(out / "log.jsonl", start)
+        print(f"{sum(p.numel() for p in weights) / 1e6:.1f} M parameters, {len(shards)} pairs, {world} x {args.batch_size} a step, "
+              f"{device}, {str(dtype)[6:]}" + (f"; resumes at step {start}" if start else ""))
+    progress = tqdm(total=args.steps, initial=start, disable=not main_process, unit="step")
+    clock, clock_step = time.perf_counter(), start
+
+    stream = batches(shards, args.seed, start, args.steps, args.batch_size, rank, world, args.workers)
+    for step, (tensors, captions) in zip(range(start, args.steps), stream):
+        noise = random_draws(args.seed, positions(step, args.batch_size, rank, world), shape, 1, device)[0]
+        mean, std = posterior(tensors)
+        optimizer.zero_grad(set_to_none=True)
+        with fast_attention(device):
+            with autocast(device, dtype):
+                image, text = latent_rm.image_features(mean + std * noise), latent_rm.text_features(captions)
+            if world > 1:
+                image, text = Gather.apply(image, rank, world), Gather.apply(text, rank, world)
+            loss = clip_loss(image, text, latent_rm.logit_scale)
+            loss.backward()
+        average_over_processes([p.grad for p in weights], world)
+        norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * rate_factor(step, args)
+        optimizer.step()
+        latent_rm.logit_scale.data.clamp_(max=math.log(100))
+
+        done = step + 1
+        progress.update()
+        look = done % args.heldout_every == 0 or done == args.steps
+        if main_process and (look or done % args.log_every == 0 or done % args.checkpoint_every == 0):
+            line = {"step": done, "loss": loss.item(), "grad_norm": norm.item(), "logit_scale": latent_rm.logit_scale.exp().item(),
+                    "lr": optimizer.param_groups[0]["lr"]}
+            require(all(abs(v) < float("inf") for v in line.values()), f"step {done}: loss or gradient is not finite ({line}); "
+                    f"the last checkpoint in {out}/checkpoints is sound: lower --lr, with another --out")
+            seconds = (time.perf_counter() - clock) / (done - clock_step)
+            if look:
+                with autocast(device, dtype):
+                    line["retrieval"] = retrieval(latent_rm, seen, seen_captions)
+            line |= {"seconds_per_step": round(seconds, 4), "pairs_per_second": round(world * args.batch_size / seconds, 2)}
+            clock, clock_step = time.perf_counter(), done
+            with open(out / "log.jsonl", "a") as log:
+                log.write(json.dumps(line) + "\n")
+            progress.set_postfix({k: f"{line[k]:.3f}" for k in ("loss", "retrieval") if k in line})
+        if main_process and (done % args.checkpoint_every == 0 or done == args.steps):
+            save_checkpoint(out, done, {"latent_rm": latent_rm}, optimizer, args.keep)
+    progress.close()
+    if main_process:
+        latent_rm.save_pretrained(out / "latent_rm")
+        with autocast(device, dtype):
+            found = retrieval(latent_rm, seen, seen_captions)
+        print(f"held-out latents that find their caption among {len(seen)}: {found:.1%}\n{out / 'latent_rm'}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run(main)

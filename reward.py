@@ -435,6 +435,14 @@ def open_weights(file, ignored="^$"):
     return Component(str(file), {}, tensors, ignored=ignored)
 
 
+def open_clip_weights(file, ignored):
+    """open_weights() of a CLIP, under open_clip's names."""
+    component = open_weights(file, ignored)
+    if "text_model.embeddings.token_embedding.weight" in component.tensors.shapes:
+        component.tensors = AsOpenClip(component.tensors)
+    return component
+
+
 def load_clip(model, file, dtype, device, tag=None, tokenize=None, how=None, half=round):
     """open_clip's `model` with the weights of `file`, or of its pretraining `tag` -> ClipReward."""
     config, tags = open_clip.get_model_config(model), open_clip.list_pretrained_tags_by_model(model)
@@ -455,9 +463,7 @@ def load_clip(model, file, dtype, device, tag=None, tokenize=None, how=None, hal
     except Exception as error:
         raise InputError(f"clip:{model}{f':{tag}' * bool(tag)}: could not be fetched from the hub and is not in its cache ({first_line(error)}); "
                          f"give the weights of {trained.get('hf_hub', model).strip('/')}, as clip:{model}=/path/to/file") from None
-    component = open_weights(file, ignored=r"position_ids$|attn_mask$")  # buffers that some versions saved
-    if "text_model.embeddings.token_embedding.weight" in component.tensors.shapes:
-        component.tensors = AsOpenClip(component.tensors)
+    component = open_clip_weights(file, ignored=r"position_ids$|attn_mask$")  # buffers that some versions saved
     load_strictly(clip, component, dtype=dtype, device=device)
     return ClipReward(clip, tokenize, how or trained.get("resize_mode", "shortest"), half, trained.get("mean", MEAN), trained.get("std", STD))
 

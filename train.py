@@ -7,6 +7,8 @@
         --batch-size 16 --steps 10000 --lr 1e-6 --lr-schedule constant --w-min 5 --w-max 15 --ddim-steps 50 \\
         --reward hpsv2.1 --reward-scale 1 --reward-batch 4 --grad-checkpoint --workers 8
 
+    python train.py --latent-rm runs/latent_rm --rm-lr 1e-4     # the reward through a latent proxy (latent_rm.py makes one)
+
 To resume, run the same command. All randomness is a function of the seed and of the sample's place in the stream of samples,
 so a resumed run draws the same, and so does a run on another number of processes with as many pictures a step.
 """
@@ -27,6 +29,7 @@ from tqdm import tqdm
 import evaluate
 from cli import autocast, fast_attention, make_folder, option, parse, pick_device, pick_precision, require, run
 from data import Shards, batches, mix, positions
+from latent_rm import LatentRM, frozen, preference_accuracy, preference_loss
 from lcm_solver import DDIMSolver, consistency_function, huber
 from reward import load_reward
 from sample import POCKET, Model, grid, save_png
@@ -51,12 +54,20 @@ class Config:
     grad_accum: int = option(1, "passes per optimizer step")
     steps: int = option(600, "optimizer steps")
     lr: float = option(3e-4, "learning rate (published SD2.1 recipe: 1e-6, constant)")
-    lr_schedule: str = option("cosine", "after a warm-up of 20 steps", choices=("constant", "cosine"))
+    lr_schedule: str = option("cosine", "after the warm-up", choices=("constant", "cosine"))
+    warmup: int = option(20, "steps of warm-up")
     seed: int = option(0, "seed of everything random")
     reward: str = option("pocket", "reward model or weighted sum of them (reward.py), or none for plain LCD")
     reward_scale: float = option(0.2, "beta: weight of the reward in the loss")
-    reward_batch: int = option(16, "rows of a pass that are decoded and rewarded")
-    latent_rm: str | None = option(None, "latent proxy reward model to train through")
+    reward_batch: int = option(16, "rows of a pass that are rewarded (and decoded, without --latent-rm)")
+    latent_rm: str | None = option(None, "latent proxy reward model (LRM) to reward through; --reward is the expert that it follows")
+    rm_lr: float = option(3.3e-6, "learning rate of the LRM")
+    rm_batch: int = option(16, "rows of a pass that the expert compares for the LRM, three decoded pictures each")
+    rm_image_layers: int = option(2, "last blocks of the LRM's image tower that train")
+    rm_text_layers: int = option(5, "last blocks of the LRM's text tower that train")
+    rm_loss: str = option("kl", "divergence of the two preferences, or cross-entropy on the expert's choice", choices=("kl", "ce"))
+    rm_tau: float = option(0.05, "temperature of the expert's scores")
+    rm_tau_lrm: float = option(0.05, "temperature of the LRM's scores, which are cosines")
     ddim_steps: int = option(10, "N, points of the solver's grid; the skip is 1000 / N (published: 50)")
     solver_substeps: int = option(1, "teacher steps between two grid points")
     w_min: float = option(1.0, "smallest guidance weight (published: 5)")
@@ -89,9 +100,9 @@ def random_draws(seed, places, shape, grid_points, device):
     return [torch.stack(column).to(device) for column in zip(*rows)]
 
 
-def distillation_loss(model, teacher, student, target, reward, solver, batch, args):
+def distillation_loss(model, teacher, student, target, reward, solver, batch, args, latent_rm=None):
     """RG-LCD, algorithm 1, for one pass. batch: (images [B,3,H,W] or posteriors [B,2,4,h,w], captions, draws).
-    -> loss, {name: detached scalar}"""
+    -> loss (with a latent_rm: the sum of the student's and the LRM's, which share no gradient), {name: detached scalar}"""
     tensors, captions, (posterior_noise, noise, index, u) = batch
     schedule = solver.schedule
     with torch.no_grad():
@@ -106,22 +117,52 @@ def distillation_loss(model, teacher, student, target, reward, solver, batch, ar
 
     prediction = consistency_function(student, schedule, z_s, s, context, w)
     loss = lcd = huber(prediction, goal)  # L_LCD
-    stats = {"lcd": lcd.detach()}
-    if reward is not None:
-        rows = slice(args.reward_batch)
-        decode = (lambda x: checkpoint(model.vae.decode, x, use_reentrant=False)) if args.grad_checkpoint else model.vae.decode
-        images = (decode(prediction[rows]).float() / 2 + 0.5).clamp(0, 1)
-        parts = {name: scores.mean() for name, scores in reward.parts(images, captions[rows]).items()}
-        score = sum(reward.weights[name] * part for name, part in parts.items())
-        loss = lcd - args.reward_scale * score  # eq. 8
-        stats["reward"] = score.detach()
-        stats |= {f"reward/{name}": part.detach() for name, part in parts.items() if len(parts) > 1}
-    return loss, stats | {"loss": loss.detach()}
+    rm_loss, stats = 0.0, {"lcd": lcd.detach()}
+    if latent_rm is not None:
+        score, rm_loss, more = latent_reward(model, latent_rm, reward, prediction, goal, z, captions, args)
+        loss, stats = lcd - args.reward_scale * score, stats | more
+    elif reward is not None:
+        score, more = direct_reward(model, reward, prediction[:args.reward_batch], captions[:args.reward_batch], args)
+        loss, stats = lcd - args.reward_scale * score, stats | more  # eq. 8
+    return loss + rm_loss, stats | {"loss": loss.detach()}
 
 
-def learning_rate(step, args):
+def direct_reward(model, reward, latents, captions, args):
+    """The reward of the decoded pictures. Scaled latents [B,4,h,w] -> mean score with gradient to them, {name: detached scalar}"""
+    decode = (lambda x: checkpoint(model.vae.decode, x, use_reentrant=False)) if args.grad_checkpoint else model.vae.decode
+    images = (decode(latents).float() / 2 + 0.5).clamp(0, 1)
+    parts = {name: scores.mean() for name, scores in reward.parts(images, captions).items()}
+    score = sum(reward.weights[name] * part for name, part in parts.items())
+    return score, {"reward": score.detach()} | {f"reward/{name}": part.detach() for name, part in parts.items() if len(parts) > 1}
+
+
+def latent_reward(model, latent_rm, reward, prediction, goal, z, captions, args):
+    """The reward through the latent proxy (section 4.2), and the proxy's own loss. Scaled latents [B,4,h,w] each: the student's
+    prediction, the EMA target, the real one -> mean score with gradient to the prediction only, loss with gradient to the LRM
+    only, {name: detached scalar}"""
+    unscaled = lambda latents: latents / model.vae.config.scaling_factor
+    text = latent_rm.text_features(captions[:max(args.reward_batch, args.rm_batch)])
+    with frozen(latent_rm):  # student <- LRM: nothing is decoded
+        image = latent_rm.image_features(unscaled(prediction[:args.reward_batch]))
+        score = (image * text[:args.reward_batch].detach()).sum(dim=1).mean()
+
+    captions, text = captions[:args.rm_batch], text[:args.rm_batch]
+    candidates = {"prediction": prediction.detach()[:args.rm_batch], "target": goal[:args.rm_batch], "real": z[:args.rm_batch]}
+    with torch.no_grad():  # expert: compares decoded pictures
+        pictures = [(model.vae.decode(latents).float() / 2 + 0.5).clamp(0, 1) for latents in candidates.values()]
+        expert = torch.stack([reward(images, captions) for images in pictures], dim=1)  # [B, 3]
+    # LRM <- expert
+    lrm = torch.stack([(latent_rm.image_features(unscaled(latents)) * text).sum(dim=1) for latents in candidates.values()], dim=1)  # [B, 3]
+    rm_loss = preference_loss(expert, lrm, args.rm_tau, args.rm_tau_lrm, args.rm_loss)
+    stats = {"rm_score": score.detach(), "rm_loss": rm_loss.detach(), "rm_accuracy": preference_accuracy(expert, lrm.detach()),
+             "reward": expert[:, 0].mean()} | {f"expert/{name}": expert[:, i].mean() for i, name in enumerate(candidates)}
+    return score, rm_loss, stats
+
+
+def rate_factor(step, args):
+    """The factor on the learning rate: a linear warm-up, then constant or a cosine down to 5%."""
     decay = 1.0 if args.lr_schedule == "constant" else 0.05 + 0.95 * (1 + math.cos(math.pi * step / args.steps)) / 2
-    return args.lr * min(1, (step + 1) / 20) * decay
+    return min(1, (step + 1) / args.warmup) * decay
 
 
 # ------------------------------------------------------------------------------------------- one process of many
@@ -156,7 +197,6 @@ def open_run(args, rank, world):
     """Make the run folder, or check that the run found there was started with the same options. -> newest checkpoint or None"""
     out, settings = Path(args.out), dataclasses.asdict(args) | {"processes": world}
     if rank == 0:
-        make_folder(out / "samples")
         make_folder(out / "checkpoints")
     file = out / "config.json"
     if checkpoints(out) and file.is_file():
@@ -183,11 +223,12 @@ def checkpoints(out):
     return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
 
-def save_checkpoint(out, step, student, target, optimizer, keep):
+def save_checkpoint(out, step, networks, optimizer, keep):
+    """networks: {name of its folder: network}."""
     folder = out / "checkpoints" / f"step-{step:06d}"
     with whole_folder(folder) as new:
-        student.save_pretrained(new / "unet")
-        target.save_pretrained(new / "unet_target")
+        for name, network in networks.items():
+            network.save_pretrained(new / name)
         torch.save(optimizer.state_dict(), new / "optimizer.pt")
     for old in checkpoints(out)[:-keep]:
         shutil.rmtree(old.rename(old.with_name("." + old.name)))  # never a half-deleted folder under a checkpoint's name
@@ -203,13 +244,15 @@ def truncate_log(file, step):
 # ------------------------------------------------------------------------------------------- the loop
 
 def check(args):
-    for name in ("batch_size", "grad_accum", "steps", "reward_batch", "solver_substeps", "resolution", "checkpoint_every", "log_every", "sample_every", "keep"):
+    for name in ("batch_size", "grad_accum", "steps", "warmup", "reward_batch", "rm_batch", "solver_substeps", "resolution", "checkpoint_every", "log_every", "sample_every", "keep"):
         require(getattr(args, name) >= 1, f"--{name.replace('_', '-')} {getattr(args, name)}: expected 1 or more")
     require(args.workers >= 0, f"--workers {args.workers}: expected 0 or more")
-    require(args.lr > 0, f"--lr {args.lr}: expected more than 0")
+    for name in ("lr", "rm_lr", "rm_tau", "rm_tau_lrm"):
+        require(getattr(args, name) > 0, f"--{name.replace('_', '-')} {getattr(args, name)}: expected more than 0")
+    require(min(args.rm_image_layers, args.rm_text_layers) >= 0, f"--rm-image-layers {args.rm_image_layers} --rm-text-layers {args.rm_text_layers}: expected 0 or more")
     require(0 <= args.ema < 1, f"--ema {args.ema}: expected 0 <= decay < 1")
     require(args.w_min <= args.w_max, f"--w-min {args.w_min} is more than --w-max {args.w_max}")
-    require(args.latent_rm is None, "--latent-rm: distillation through a latent proxy reward model is not in this version; leave it out")
+    require(not args.latent_rm or args.reward != "none", f"--latent-rm {args.latent_rm} with --reward none: a proxy needs an expert to follow; give one")
 
 
 def main():
@@ -223,12 +266,12 @@ def main():
     newest = open_run(args, rank, world)
     start = int(newest.name.removeprefix("step-")) if newest else 0
 
-    # Frozen: VAE, text encoder, teacher, reward. Trained in float32: the student; its EMA is the target.
+    # Frozen: VAE, text encoder, teacher, reward. Trained in float32: the student, whose EMA is the target, and the top of the LRM.
     model = Model.from_pretrained(args.teacher, device, dtype)
     teacher = model.check(UNet.from_pretrained(args.teacher, device=device, dtype=dtype), args.teacher).requires_grad_(False)
     reward = None if args.reward == "none" else load_reward(args.reward, device, grad_checkpoint=args.grad_checkpoint)
-    require(reward is None or reward.differentiable, f"--reward {args.reward}: a black box, which gives no gradient to maximise; "
-                                                     f"it needs a latent proxy reward model (--latent-rm)")
+    require(reward is None or reward.differentiable or args.latent_rm, f"--reward {args.reward}: a black box, which gives no "
+            f"gradient to maximise; it needs a latent proxy reward model (--latent-rm)")
     shards = Shards(args.data, args.resolution)
     solver = DDIMSolver(model.schedule, args.ddim_steps)
     require(args.resolution % model.vae.factor == 0, f"--resolution {args.resolution}: expected a multiple of {model.vae.factor}")
@@ -236,22 +279,30 @@ def main():
     target = UNet.from_pretrained(newest / "unet_target" if newest else args.teacher, W_DIM, torch.float32, device, args.ddim_steps).requires_grad_(False)
     student.checkpointing = args.grad_checkpoint
     weights, target_weights = list(student.parameters()), list(target.parameters())
-    optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+    networks, latent_rm, rm_weights = {"unet": student, "unet_target": target}, None, []
+    if args.latent_rm:
+        networks["latent_rm"] = latent_rm = LatentRM.from_pretrained(newest / "latent_rm" if newest else args.latent_rm, device=device).train()
+        rm_weights = latent_rm.train_top(args.rm_image_layers, args.rm_text_layers)
+    optimizer = torch.optim.AdamW([{"params": weights}, {"params": rm_weights}], lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
     if newest:
         optimizer.load_state_dict(torch.load(newest / "optimizer.pt", map_location=device, weights_only=True))
     if args.compile:
         for network in (student, target, teacher):
             network.compile()
-        if reward is not None:
-            reward.compile()
+        for rewarder in (reward, latent_rm):
+            rewarder is not None and rewarder.compile()
 
     rows = args.batch_size * args.grad_accum
     stream = batches(shards, args.seed, start, args.steps, rows, rank, world, args.workers)
     shape = (model.vae.config.latent_channels, args.resolution // model.vae.factor, args.resolution // model.vae.factor)
     require(not shards.encoded or shards[0][0].shape == (2, *shape),
             f"--resolution {args.resolution} takes posteriors {(2, *shape)}, the shards hold {tuple(shards[0][0].shape)}: encode them at this resolution")
+    reads = latent_rm and (latent_rm.config.latent_channels, latent_rm.config.latent_size, latent_rm.config.latent_size)
+    require(reads in (None, shape), f"--latent-rm {args.latent_rm} reads latents {reads}, --resolution {args.resolution} of this model gives {shape}: "
+                                    f"pre-train one for them (latent_rm.py)")
     prompts = [shards.caption(i) for i in range(min(8, len(shards)))]
     if main_process:
+        make_folder(out / "samples")
         truncate_log(out / "log.jsonl", start)
         print(f"{sum(p.numel() for p in weights) / 1e6:.1f} M parameters, {len(shards)} pictures, {world} x {rows} a step, "
               f"reward {args.reward}, {device}, {str(dtype)[6:]}" + (f"; resumes at step {start}" if start else ""))
@@ -268,14 +319,15 @@ def main():
             batch = tensors[part].to(device, non_blocking=True), captions[part], [d[part] for d in draws]
             with fast_attention(device):
                 with autocast(device, dtype):
-                    loss, stats = distillation_loss(model, teacher, student, target, reward, solver, batch, args)
+                    loss, stats = distillation_loss(model, teacher, student, target, reward, solver, batch, args, latent_rm)
                 (loss / args.grad_accum).backward()
             for key, value in stats.items():
                 totals[key] = totals.get(key, 0) + value / args.grad_accum
-        average_over_processes([p.grad for p in weights], world)
+        average_over_processes([p.grad for p in weights + rm_weights], world)
         norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
+        torch.nn.utils.clip_grad_norm_(rm_weights, 1.0)
+        for group, lr in zip(optimizer.param_groups, (args.lr, args.rm_lr)):
+            group["lr"] = lr * rate_factor(step, args)
         optimizer.step()
         torch._foreach_lerp_(target_weights, [p.detach() for p in weights], 1 - args.ema)  # EMA target
 
@@ -301,15 +353,15 @@ def main():
             images = model.draw(target, prompts, range(len(prompts)), 2, w)
             save_png(grid(images, 4), out / "samples" / f"step-{done:06d}.png", prompts=" | ".join(prompts), steps=2, guidance=w)
         if main_process and (done % args.checkpoint_every == 0 or done == args.steps):
-            save_checkpoint(out, done, student, target, optimizer, args.keep)
+            save_checkpoint(out, done, networks, optimizer, args.keep)
         clock += time.perf_counter() - pause  # drawing and saving are not training
     progress.close()
     if board:
         board.close()
     if main_process:
-        student.save_pretrained(out / "unet")
-        target.save_pretrained(out / "unet_target")
-        print(f"{out / 'unet'}  {out / 'unet_target'}")
+        for name, network in networks.items():
+            network.save_pretrained(out / name)
+        print("  ".join(str(out / name) for name in networks))
         if Path(args.teacher).resolve() == POCKET:
             compared = evaluate.Config(unet=str(out / "unet_target"), out=str(out), guidance=(args.w_min + args.w_max) / 2, device=str(device), precision=args.precision)
             evaluate.compare(compared, device, dtype)

@@ -26,6 +26,8 @@ TEXT = {"vocab_size": 4096, "hidden_size": 32, "intermediate_size": 64, "num_hid
         "max_position_embeddings": 32, "hidden_act": "gelu", "projection_dim": 32}
 CLIP = {"embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
         "text_cfg": {"context_length": 32, "vocab_size": 4096, "width": 32, "heads": 2, "layers": 1}}
+LATENT_RM = {"latent_size": 8, "patch_size": 2, "width": 32, "layers": 3, "heads": 2, "embed_dim": 16, "text_width": 32, "text_layers": 4,
+             "text_heads": 2, "context_length": 32, "vocab_size": 4096}
 CAPTIONS = ["a red apple", "a smiling cat", "rocket", "a green heart", "house, home", "snow, cold", "moon", "a fish"]
 
 
@@ -91,7 +93,8 @@ def teacher_pipeline(folder, **scheduler):
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
-    """vae/, text_encoder/, tokenizer/, unet/ (a teacher), student/, scheduler/ and reward/. Read only: copy it to change it."""
+    """vae/, text_encoder/, tokenizer/, unet/ (a teacher), student/, scheduler/, reward/ and latent_rm/. Read only: copy it to change it."""
+    from latent_rm import LatentRM, LatentRMConfig
     from reward import PocketReward
     from transformers import CLIPTokenizer
     from unet import UNet as Net, UNetConfig
@@ -104,6 +107,7 @@ def model_folder(tmp_path_factory):
     randomize(Net(UNetConfig(**UNET))).save_pretrained(folder / "unet")
     randomize(Net(UNetConfig(**UNET, time_cond_proj_dim=256)), seed=1).save_pretrained(folder / "student")
     randomize(PocketReward(CLIP, CLIPTokenizer.from_pretrained(folder / "tokenizer"))).save_pretrained(folder / "reward")
+    randomize(LatentRM(LatentRMConfig(**LATENT_RM), CLIPTokenizer.from_pretrained(folder / "tokenizer"))).save_pretrained(folder / "latent_rm")
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(
         {"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",

@@ -1,16 +1,25 @@
+import io
+import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 
+import numpy as np
+import open_clip
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from conftest import agree, rand, randomize
-from latent_rm import LatentRM, LatentRMConfig, preference_loss
+import data
+import latent_rm as script
+from conftest import CAPTIONS, LATENT_RM, ROOT, agree, call, rand, randomize, write_shard
+from latent_rm import LatentRM, LatentRMConfig, clip_loss, frozen, preference_accuracy, preference_loss, retrieval
 from transformers import CLIPTokenizer
-from weights import InputError
+from weights import WEIGHTS, InputError
 
-TINY = LatentRMConfig(latent_size=8, patch_size=2, width=32, layers=2, heads=2, embed_dim=16, text_width=32, text_layers=2,
-                      text_heads=2, context_length=32, vocab_size=4096)
+TINY = LatentRMConfig(**LATENT_RM)
 
 
 def softmax(*scores):
@@ -45,6 +54,20 @@ def test_three_candidates_are_the_sum_over_three_pairs_and_the_mean_over_the_bat
     assert preference_loss(torch.tensor(expert), torch.tensor(lrm), tau, tau_lrm, kind).item() == pytest.approx(total / 2, rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["kl", "ce"])
+@pytest.mark.parametrize("count", [2, 4, 5])
+def test_any_number_of_candidates_is_the_sum_over_all_their_pairs(count, kind):
+    expert, lrm = rand(3, count), rand(3, count, seed=1)
+    pairs = [(i, j) for i in range(count) for j in range(i + 1, count)]
+    total = sum(preference_loss(expert[:, [i, j]], lrm[:, [i, j]], 0.3, 0.4, kind) for i, j in pairs)
+    assert preference_loss(expert, lrm, 0.3, 0.4, kind).item() == pytest.approx(total.item(), rel=1e-5)
+
+
+def test_accuracy_is_the_share_of_pairs_ranked_alike():
+    # of 3 > 2 > 1 the LRM has 2 > 3 wrong; of 1 < 2 < 3 all
+    assert preference_accuracy(torch.tensor([[3.0, 2, 1], [1, 2, 3]]), torch.tensor([[0.2, 0.3, 0.1], [3, 2, 1]])).item() == pytest.approx(2 / 6)
+
+
 def test_kl_is_zero_where_the_preferences_agree():
     scores = rand(5, 3)
     assert preference_loss(scores, scores + 7).item() == pytest.approx(0, abs=1e-6)
@@ -60,10 +83,8 @@ def test_gradient_reaches_the_lrm_scores_only(kind):
 @pytest.fixture
 def saved(model_folder, tmp_path):
     torch.manual_seed(0)
-    latent_rm = randomize(LatentRM(TINY))
-    latent_rm.tokenizer = CLIPTokenizer.from_pretrained(model_folder / "tokenizer")
+    latent_rm = randomize(LatentRM(TINY, CLIPTokenizer.from_pretrained(model_folder / "tokenizer")))
     latent_rm.save_pretrained(tmp_path / "latent_rm")
-    shutil.copytree(model_folder / "tokenizer", tmp_path / "tokenizer")
     return latent_rm.eval(), tmp_path / "latent_rm"
 
 
@@ -71,7 +92,68 @@ def saved(model_folder, tmp_path):
 def test_save_then_load_is_exact(saved):
     latent_rm, folder = saved
     latents, prompts = rand(3, 4, 8, 8), ["a red apple", "rocket", ""]
-    assert torch.equal(LatentRM.from_pretrained(folder)(latents, prompts), latent_rm(latents, prompts))
+    for path in (folder, folder.parent):  # of the model, of a run
+        assert torch.equal(LatentRM.from_pretrained(path)(latents, prompts), latent_rm(latents, prompts))
+
+
+def test_the_tokenizer_may_lie_beside_the_folder(saved, model_folder):
+    latent_rm, folder = saved
+    shutil.rmtree(folder / "tokenizer")
+    with pytest.raises(InputError, match="tokenizer"):
+        LatentRM.from_pretrained(folder)
+    shutil.copytree(model_folder / "tokenizer", folder.parent / "tokenizer")
+    assert torch.equal(LatentRM.from_pretrained(folder).text_features(["rocket"]), latent_rm.text_features(["rocket"]))
+
+
+def test_more_tokens_than_the_tower_knows_are_refused(model_folder, tmp_path):
+    LatentRM(LatentRMConfig(**LATENT_RM | {"vocab_size": 100}), CLIPTokenizer.from_pretrained(model_folder / "tokenizer")).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="4096 tokens.*vocab_size 100"):
+        LatentRM.from_pretrained(tmp_path)
+
+
+def test_the_default_config_is_sd21_with_the_text_tower_of_vit_h():
+    with torch.device("meta"):
+        latent_rm, clip = LatentRM(), open_clip.CLIP(**open_clip.get_model_config("ViT-H-14"))
+    theirs = {name: p.shape for name, p in clip.named_parameters() if not name.startswith("visual.") and name != "logit_scale"}
+    assert {name: p.shape for name, p in latent_rm.text.named_parameters()} == theirs
+    assert latent_rm.visual(torch.empty(2, 4, 64, 64, device="meta")).shape == (2, 1024) and len(latent_rm.visual.position) == 256
+
+
+def text_of(latent_rm):
+    return latent_rm.text_features(["a red apple", "rocket", ""])
+
+
+@pytest.fixture
+def clip_file(tmp_path):
+    """clip_file(layers): open_clip's file of a CLIP with TINY's text tower. -> file, the CLIP"""
+    def make(layers=TINY.text_layers, suffix=".safetensors"):
+        text = dict(context_length=32, vocab_size=4096, width=32, heads=2, layers=layers)
+        clip = randomize(open_clip.CLIP(16, dict(image_size=32, layers=1, width=32, head_width=16, patch_size=8), text), seed=9)
+        file = tmp_path / f"clip{suffix}"
+        save_file(clip.state_dict(), file) if suffix == ".safetensors" else torch.save({"state_dict": clip.state_dict()}, file)
+        return file, clip
+    return make
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@torch.no_grad()
+def test_the_text_tower_of_a_clip_file_is_taken_whole(suffix, saved, clip_file):
+    latent_rm, (file, clip) = saved[0], clip_file(suffix=suffix)
+    before = latent_rm.visual.state_dict()
+    latent_rm.read_text_tower(file)
+    ids = latent_rm.tokenizer(["a red apple", "rocket", ""], padding="max_length", max_length=32, return_tensors="pt").input_ids
+    agree(text_of(latent_rm), clip.eval().encode_text(ids, normalize=True), 1e-5)
+    assert all(torch.equal(before[key], value) for key, value in latent_rm.visual.state_dict().items())
+
+
+def test_frozen_lets_gradients_through_and_keeps_them_out(saved):
+    latent_rm, _ = saved
+    latent_rm.train_top(1, 1)
+    trained, latents = [p for p in latent_rm.parameters() if p.requires_grad], rand(2, 4, 8, 8).requires_grad_()
+    with frozen(latent_rm):
+        latent_rm(latents, ["moon", "rocket"]).sum().backward()
+    assert latents.grad.abs().max() > 0 and all(p.grad is None for p in latent_rm.parameters())
+    assert trained == [p for p in latent_rm.parameters() if p.requires_grad]
 
 
 def test_scores_are_cosines_of_each_row_with_its_own_prompt(saved):
@@ -94,3 +176,121 @@ def test_truncated_weights_are_refused_by_name(saved):
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(InputError, match=str(file)):
         LatentRM.from_pretrained(saved[1])
+
+
+# ------------------------------------------------------------------------------------------- pre-training
+
+def test_clip_loss_equals_the_hand_computed_number():
+    # logits 2 I: each row and column has softmax(2, 0) on its own
+    loss = clip_loss(torch.eye(2), torch.eye(2), torch.tensor(math.log(2.0)))
+    assert loss.item() == pytest.approx(-math.log(softmax(2, 0)[0]), rel=1e-5)
+
+
+@pytest.fixture
+def pretrain(model_folder, shard, monkeypatch):
+    """pretrain(out, ...): latent_rm.py in this process, with a tiny size -> exit code."""
+    sizes = {key: value for key, value in LATENT_RM.items() if key not in ("latent_size", "context_length", "vocab_size")}
+    monkeypatch.setitem(script.SIZES, "pocket", sizes)
+    return lambda out, **changes: call(script.main, *options(model_folder, shard, out, **changes))
+
+
+def options(model_folder, shard, out, **changes):
+    values = dict(model=model_folder, data=shard, heldout=shard, out=out, resolution=32, batch_size=4, steps=4, warmup=2, lr=1e-3, log_every=1,
+                  checkpoint_every=2, heldout_every=2, device="cpu", precision="fp32") | changes
+    return [str(word) for key, value in values.items() for word in (f"--{key.replace('_', '-')}", value)] + ["--no-compile"]
+
+
+def log(out, *keys):
+    return [tuple(line.get(key) for key in keys) for line in map(json.loads, (out / "log.jsonl").read_text().splitlines())]
+
+
+def weights(out):
+    return load_file(out / "latent_rm" / WEIGHTS)
+
+
+def posteriors(file, shape=(4, 8, 8)):
+    """A shard of eight random posteriors, narrow enough to be told apart."""
+    members = []
+    for i, caption in enumerate(CAPTIONS):
+        np.save(buffer := io.BytesIO(), torch.stack([rand(*shape, seed=i), torch.full(shape, 0.1)]).half().numpy())
+        members += [(f"{i}.npy", buffer.getvalue()), (f"{i}.txt", caption.encode())]
+    return write_shard(file, members)
+
+
+def test_pre_training_finds_the_captions_of_what_it_saw(pretrain, tmp_path):
+    data = posteriors(tmp_path / "latents.tar")
+    assert pretrain(tmp_path, data=data, heldout=data, steps=30, batch_size=8, warmup=10, checkpoint_every=100) == 0
+    assert log(tmp_path, "retrieval")[-1][0] >= 0.75  # chance: 1 in 8
+    losses = [loss for loss, in log(tmp_path, "loss")]
+    assert losses[0] > 1.5 and losses[-1] < 0.7
+
+
+def test_retrieval_counts_the_latents_nearest_to_their_own_caption():
+    class Sees:  # the features of latents are their numbers; of captions, unit vectors
+        image_features = staticmethod(lambda latents: latents)
+        text_features = staticmethod(lambda captions: torch.eye(3)[[int(c) for c in captions]])
+    assert retrieval(Sees, torch.eye(3)[[0, 1, 2, 0]], ["0", "1", "0", "2"]) == 0.5
+
+
+def test_stopped_and_resumed_pre_training_equals_one_run_bit_for_bit(pretrain, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "stopped"
+    assert pretrain(whole, steps=6) == 0 and pretrain(out, steps=6, keep=3) == 0
+    for later in ("4", "6"):
+        (out / f"checkpoints/step-00000{later}").rename(out / f"checkpoints/.step-00000{later}.77.new")  # killed while it wrote the first of them
+    assert pretrain(out, steps=6, keep=3) == 0
+    assert (out / "latent_rm" / WEIGHTS).read_bytes() == (whole / "latent_rm" / WEIGHTS).read_bytes()
+    keys = "step", "loss", "grad_norm", "logit_scale", "retrieval", "lr"
+    assert log(out, *keys) == log(whole, *keys) and len(log(out)) == 6
+
+
+def test_two_processes_compare_the_pairs_of_both(model_folder, shard, tmp_path):
+    """The gradient too, logit_scale's included: the loss is over the global batch."""
+    run = lambda out, *launcher, **more: subprocess.run(
+        [sys.executable, *launcher, str(ROOT / "latent_rm.py"), *options(model_folder, shard, out, steps=3, lr=3e-5, **more)],
+        check=True, capture_output=True, timeout=150, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    run(tmp_path / "two", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", batch_size=4)
+    run(tmp_path / "one", batch_size=8)
+    keys = "loss", "grad_norm", "logit_scale"
+    for first, second in zip(log(tmp_path / "one", *keys), log(tmp_path / "two", *keys), strict=True):
+        assert second == pytest.approx(first, rel=1e-4)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert max((one[key] - two[key]).abs().max().item() for key in one) <= 1e-5
+
+
+def test_pictures_and_their_posteriors_train_alike(pretrain, model_folder, shard, tmp_path):
+    assert call(data.main, "--data", shard, "--out", tmp_path / "encoded", "--model", model_folder, "--resolution", 32, "--device", "cpu", "--precision", "fp32") == 0
+    assert pretrain(tmp_path / "pictures") == 0 and pretrain(tmp_path / "latents", data=tmp_path / "encoded", heldout=tmp_path / "encoded") == 0
+    for (one,), (two,) in zip(log(tmp_path / "pictures", "loss"), log(tmp_path / "latents", "loss"), strict=True):
+        assert two == pytest.approx(one, rel=1e-2)  # float16 on disk
+
+
+@pytest.mark.parametrize("train_text", [True, False])
+def test_a_given_text_tower_is_begun_with_and_trains_if_it_may(train_text, pretrain, model_folder, shard, tmp_path, clip_file):
+    file, clip = clip_file()
+    argv = options(model_folder, shard, tmp_path / "run", text_tower=file) + ["--train-text" if train_text else "--no-train-text"]
+    assert call(script.main, *argv) == 0
+    moved = (weights(tmp_path / "run")["text.text_projection"] - clip.text_projection).abs().max().item()
+    assert 0 < moved < 0.1 if train_text else moved == 0
+
+
+@pytest.mark.parametrize("changes, named", [
+    ({"text_tower": "/none/clip.pt"}, "/none/clip.pt"), ({"data": "/none/*.tar"}, "/none"), ({"heldout": "/none/*.tar"}, "/none"),
+    ({"resolution": 30}, "--resolution 30"), ({"resolution": 36}, "patch size 2"), ({"lr": 0}, "--lr"), ({"steps": 0}, "--steps 0"),
+    ({"model": "/none/model"}, "/none/model"), ({"out": "/dev/null/run"}, "/dev/null/run")])
+def test_wrong_options_are_one_line_and_exit_code_2(changes, named, pretrain, tmp_path, capsys):
+    assert pretrain(**{"out": tmp_path} | changes) == 2
+    message = capsys.readouterr().err
+    assert named in message and message.count("\n") == 1
+
+
+def test_a_text_tower_that_does_not_fit_is_refused(pretrain, tmp_path, clip_file, capsys):
+    for layers, named in ((TINY.text_layers + 1, "has unknown transformer.resblocks.4"), (TINY.text_layers - 1, "lacks transformer.resblocks.3")):
+        file, _ = clip_file(layers)
+        assert pretrain(tmp_path / "run", text_tower=file) == 2
+        message = capsys.readouterr().err
+        assert named in message and str(file) in message and message.count("\n") == 1
+
+
+def test_heldout_latents_of_another_size_are_refused(pretrain, tmp_path, capsys):
+    assert pretrain(tmp_path / "run", heldout=posteriors(tmp_path / "other.tar", (4, 16, 16))) == 2
+    assert "(4, 16, 16)" in capsys.readouterr().err

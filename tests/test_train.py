@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import train
 from conftest import CAPTIONS, ROOT, agree, call, rand, randomize, write_shard
 from data import Shards, positions
+from latent_rm import LatentRM, preference_loss
 from lcm_solver import DDIMSolver, NoiseSchedule, ScheduleConfig
 from reward import load_reward
 from sample import Model
@@ -75,8 +76,10 @@ def apart(a, b):
 
 def assert_same_training(one, two, model_folder):
     """Adam turns the rounding of a tiny gradient into a visible step, so: 1e-5 everywhere, and together 5% of the way moved."""
-    start = start_of(model_folder)
-    for name in ("unet", "unet_target"):
+    starts = {"unet": start_of(model_folder), "unet_target": start_of(model_folder)}
+    if (one / "latent_rm").is_dir():
+        starts["latent_rm"] = load_file(model_folder / "latent_rm" / WEIGHTS)
+    for name, start in starts.items():
         a, b = weights(one, name), weights(two, name)
         assert apart(a, b) <= 1e-5 and apart(a, start) > 0
         length = lambda x, y: sum((x[key] - y[key]).square().sum().item() for key in x) ** 0.5
@@ -186,6 +189,98 @@ def test_only_the_student_gets_gradients(scene):
     assert all(p.grad is not None for p in scene["student"].parameters())
 
 
+@pytest.fixture
+def proxied(scene, model_folder):
+    """The scene with a latent proxy whose top trains; 3 rows are rewarded, 2 of them compared."""
+    scene["args"].rm_batch, scene["args"].rm_tau, scene["args"].rm_tau_lrm = 2, 0.3, 0.2
+    latent_rm = LatentRM.from_pretrained(model_folder / "latent_rm").train()
+    latent_rm.train_top(2, 3)
+    return scene | {"latent_rm": latent_rm}
+
+
+def gradients_of_top(latent_rm, loss):
+    latent_rm.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in latent_rm.named_parameters() if p.grad is not None}
+
+
+def test_reward_through_the_proxy_equals_the_paper_written_out(proxied, monkeypatch):
+    """Both losses row by row: so captions stay with their pictures, and the expert labels what the LRM is asked about."""
+    seen = {}
+    ours = train.latent_reward
+    monkeypatch.setattr(train, "latent_reward", lambda *args: seen.update(candidates=args[3:6]) or ours(*args))
+    loss, stats = train.distillation_loss(**proxied)
+    prediction, goal, z = seen["candidates"]
+    model, latent_rm, reward, captions = proxied["model"], proxied["latent_rm"], proxied["reward"], proxied["batch"][1]
+
+    plain, _ = train.distillation_loss(**proxied | {"reward": None, "latent_rm": None})
+    score = sum(latent_rm(prediction[i:i + 1] / 0.18215, captions[i:i + 1])[0] for i in range(3)) / 3
+    assert stats["loss"].item() == pytest.approx((plain - 0.7 * score).item(), rel=1e-5) and stats["rm_score"].item() == pytest.approx(score.item(), rel=1e-5)
+    rows = [[x[i:i + 1].detach() for x in (prediction, goal, z)] for i in range(2)]
+    with torch.no_grad():
+        expert = torch.tensor([[reward((model.vae.decode(x) / 2 + 0.5).clamp(0, 1), captions[i:i + 1])[0] for x in row] for i, row in enumerate(rows)])
+    lrm = torch.stack([torch.cat([latent_rm(x / 0.18215, captions[i:i + 1]) for x in row]) for i, row in enumerate(rows)])
+    rm_loss = preference_loss(expert, lrm, 0.3, 0.2)
+    assert stats["rm_loss"].item() == pytest.approx(rm_loss.item(), rel=1e-4) and rm_loss > 0
+    assert [stats[f"expert/{name}"].item() for name in ("prediction", "target", "real")] == pytest.approx(expert.mean(0).tolist(), rel=1e-4)
+    right = sum((expert[i, j] > expert[i, k]) == (lrm[i, j] > lrm[i, k]) for i in range(2) for j, k in ((0, 1), (0, 2), (1, 2)))
+    assert stats["rm_accuracy"].item() == pytest.approx(right.item() / 6)
+
+    expected = gradients_of_top(latent_rm, rm_loss)
+    assert_same_gradients(gradients_of_top(latent_rm, train.distillation_loss(**proxied)[0]), expected)
+    ours, student = gradients(proxied["student"], loss), proxied["student"]
+    monkeypatch.setattr(train, "latent_reward", lambda model, lrm, reward, prediction, goal, z, captions, args: (
+        sum(lrm(prediction[i:i + 1] / 0.18215, captions[i:i + 1])[0] for i in range(3)) / 3, 0.0, {}))
+    assert_same_gradients(ours, gradients(student, train.distillation_loss(**proxied)[0]))
+
+
+def test_the_proxy_learns_from_the_preferences_alone_and_the_student_from_its_score_alone(proxied):
+    """In bf16 too, where autocast keeps a copy of the weights."""
+    student, latent_rm = proxied["student"], proxied["latent_rm"]
+    top = {"visual.blocks.1", "visual.blocks.2", *(f"text.transformer.resblocks.{i}" for i in (1, 2, 3))}
+    for dtype in (torch.float32, torch.bfloat16):
+        def parts(beta):
+            proxied["args"].reward_scale = beta
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                loss, stats = train.distillation_loss(**proxied)
+            student.zero_grad()
+            return gradients_of_top(latent_rm, loss), {name: p.grad.clone() for name, p in student.named_parameters()}
+        (lrm, one), (lrm_again, two) = parts(0.5), parts(50.0)
+        assert {".".join(name.split(".")[:3 if name[0] == "v" else 4]) for name in lrm} == top
+        assert all(g.abs().max() > 0 for name, g in lrm.items() if "in_proj_bias" not in name)
+        assert all(torch.equal(lrm[name], lrm_again[name]) for name in lrm)  # beta, the student's, does not reach it
+        assert any((one[name] - two[name]).abs().max() > 1e-4 for name in one)
+    frozen = [proxied["teacher"], proxied["target"], proxied["model"].vae, proxied["model"].text_encoder, proxied["reward"]]
+    assert all(p.grad is None for net in frozen for p in net.parameters())
+
+
+def test_the_student_learns_nothing_from_the_proxys_loss(proxied):
+    lrm = proxied["latent_rm"]
+    loss = lambda: train.distillation_loss(**proxied)[0]
+    some = gradients(proxied["student"], loss())
+    proxied["args"].rm_tau_lrm = 0.01  # another loss of the proxy, the same of the student
+    assert gradients_of_top(lrm, loss()) and all(torch.equal(some[k], g) for k, g in gradients(proxied["student"], loss()).items())
+
+
+def test_through_the_proxy_no_picture_is_decoded_with_gradients(proxied, monkeypatch):
+    decode, calls = proxied["model"].vae.decode, []
+    monkeypatch.setattr(proxied["model"].vae, "decode", lambda latents: calls.append(torch.is_grad_enabled()) or decode(latents))
+    train.distillation_loss(**proxied)
+    assert calls == [False] * 3
+
+
+def test_captions_stay_with_their_pictures_in_another_order(proxied):
+    proxied["args"].reward_batch = proxied["args"].rm_batch = 4
+    images, captions, draws = proxied["batch"]
+    order = [2, 0, 3, 1]
+    loss, stats = train.distillation_loss(**proxied)
+    _, again = train.distillation_loss(**proxied | {"batch": (images[order], [captions[i] for i in order], [d[order] for d in draws])})
+    _, apart = train.distillation_loss(**proxied | {"batch": (images, [captions[i] for i in order], draws)})
+    for key in ("loss", "rm_score", "rm_loss", "reward", "expert/target", "expert/real"):
+        assert again[key].item() == pytest.approx(stats[key].item(), rel=1e-4)
+        assert apart[key].item() != pytest.approx(stats[key].item(), rel=1e-4)
+
+
 def test_no_two_ranks_draw_the_same():
     draw = lambda places, seed=0: train.random_draws(seed, places, (4, 8, 8), 50, "cpu")
     first, second = draw(positions(3, 4, rank=0, world=2)), draw(positions(3, 4, rank=1, world=2))
@@ -243,8 +338,15 @@ def test_target_is_the_moving_average_of_the_student(fit, tmp_path, model_folder
     assert apart(weights(tmp_path), target) > 1e-4
 
 
-def test_run_kill_run_equals_one_run_bit_for_bit(fit, options, tmp_path, model_folder):
-    steps = dict(steps=30, checkpoint_every=10, reward=f"pocket={model_folder}")
+def through(proxy, model_folder, **more):
+    """Options of the reward, direct or through the latent proxy, of which one image block and two text blocks train."""
+    proxied = dict(latent_rm=model_folder / "latent_rm", rm_image_layers=1, rm_text_layers=2, rm_lr=more.get("lr", 1e-3)) if proxy else {}
+    return dict(reward=f"pocket={model_folder}") | proxied | more
+
+
+@pytest.mark.parametrize("proxy", [False, True])
+def test_run_kill_run_equals_one_run_bit_for_bit(proxy, fit, options, tmp_path, model_folder):
+    steps = through(proxy, model_folder, steps=30, checkpoint_every=10)
     whole, out = tmp_path / "whole", tmp_path / "killed"
     assert fit(whole, **steps) == 0
     process = script(options(out, **steps))
@@ -254,23 +356,56 @@ def test_run_kill_run_equals_one_run_bit_for_bit(fit, options, tmp_path, model_f
     process.communicate()
     assert process.returncode == -signal.SIGKILL and not (out / "unet").exists()
     finish(script(options(out, **steps)))
-    for name in ("unet", "unet_target"):
+    for name in ("unet", "unet_target", "latent_rm")[:2 + proxy]:
         assert (out / name / WEIGHTS).read_bytes() == (whole / name / WEIGHTS).read_bytes()
-    assert log(out, "step", "loss", "reward", "grad_norm", "lr") == log(whole, "step", "loss", "reward", "grad_norm", "lr")
+    keys = ("step", "loss", "reward", "grad_norm", "lr", "rm_loss", "rm_accuracy")[:5 + 2 * proxy]
+    assert log(out, *keys) == log(whole, *keys)
     assert [step for step, in log(out, "step")] == list(range(1, 31))
 
 
-def test_two_processes_equal_one_with_the_doubled_batch(fit, options, tmp_path, model_folder):
-    same = dict(steps=3, lr=3e-5, reward=f"pocket={model_folder}")
+@pytest.mark.parametrize("proxy", [False, True])
+def test_two_processes_equal_one_with_the_doubled_batch(proxy, fit, options, tmp_path, model_folder):
+    same = through(proxy, model_folder, steps=3, lr=3e-5)
     finish(script(options(tmp_path / "two", batch_size=2, **same), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))
     assert fit(tmp_path / "one", batch_size=4, **same) == 0
     assert_same_training(tmp_path / "one", tmp_path / "two", model_folder)
 
 
-def test_accumulating_two_batches_equals_the_doubled_batch(fit, tmp_path, model_folder):
-    same = dict(steps=3, lr=3e-5, reward=f"pocket={model_folder}")
+@pytest.mark.parametrize("proxy", [False, True])
+def test_accumulating_two_batches_equals_the_doubled_batch(proxy, fit, tmp_path, model_folder):
+    same = through(proxy, model_folder, steps=3, lr=3e-5)
     assert fit(tmp_path / "two", batch_size=2, grad_accum=2, **same) == 0 and fit(tmp_path / "one", batch_size=4, **same) == 0
     assert_same_training(tmp_path / "one", tmp_path / "two", model_folder)
+
+
+def test_of_the_proxy_only_the_chosen_blocks_move(fit, tmp_path, model_folder):
+    assert fit(tmp_path, **through(True, model_folder, steps=2)) == 0
+    before, after = load_file(model_folder / "latent_rm" / WEIGHTS), weights(tmp_path, "latent_rm")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    top = {name for name in before if name.startswith(("visual.blocks.2.", "text.transformer.resblocks.2.", "text.transformer.resblocks.3."))}
+    assert moved == top and (tmp_path / "checkpoints/step-000002/latent_rm" / WEIGHTS).read_bytes() == (tmp_path / "latent_rm" / WEIGHTS).read_bytes()
+
+
+def test_a_black_box_is_an_expert_to_learn_from(fit, tmp_path, model_folder):
+    assert fit(tmp_path, **through(True, model_folder, steps=2, reward=f"jpeg+pocket={model_folder}*0.5")) == 0
+    assert all(kilobytes < 0 for kilobytes, in log(tmp_path, "expert/real"))
+    assert apart(weights(tmp_path, "latent_rm"), load_file(model_folder / "latent_rm" / WEIGHTS)) > 1e-4
+
+
+def test_a_proxy_that_trains_nothing_stays_as_it_was(fit, tmp_path, model_folder):
+    assert fit(tmp_path, **through(True, model_folder, steps=2) | {"rm_image_layers": 0, "rm_text_layers": 0}) == 0
+    assert apart(weights(tmp_path, "latent_rm"), load_file(model_folder / "latent_rm" / WEIGHTS)) == 0
+
+
+def test_a_proxy_for_other_latents_is_refused(fit, tmp_path, model_folder, capsys):
+    from latent_rm import LatentRMConfig
+    from conftest import LATENT_RM
+    tokenizer = LatentRM.from_pretrained(model_folder).tokenizer
+    for change, named in (({"latent_size": 16}, "(4, 16, 16)"), ({"latent_channels": 16}, "(16, 8, 8)")):
+        LatentRM(LatentRMConfig(**LATENT_RM | change), tokenizer).save_pretrained(tmp_path / "other")
+        assert fit(tmp_path / "run", **through(True, model_folder, latent_rm=tmp_path / "other")) == 2
+        message = capsys.readouterr().err
+        assert named in message and "(4, 8, 8)" in message and "--latent-rm" in message
 
 
 def test_an_existing_run_refuses_changed_options(fit, tmp_path, capsys):
@@ -321,6 +456,10 @@ WRONG = {
     "resolution that does not divide": ({"resolution": 30}, "--resolution 30"),
     "no such reward": ({"reward": "beauty"}, "beauty"),
     "a reward without gradient": ({"reward": "pocket+jpeg"}, "--latent-rm"),
+    "no such proxy": ({"reward": "jpeg", "latent_rm": "/none/lrm"}, "/none/lrm"),
+    "a proxy without an expert": ({"latent_rm": "/none/lrm"}, "--reward none"),
+    "temperature 0": ({"rm_tau": 0}, "--rm-tau 0"),
+    "fewer than no blocks": ({"rm_text_layers": -1}, "--rm-text-layers -1"),
     "no such data": ({"data": "/none/*.tar"}, "/none"),
     "no such teacher": ({"teacher": "/none/model"}, "/none/model"),
     "unwritable out": ({"out": "/dev/null/run"}, "/dev/null/run"),
