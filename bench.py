@@ -70,6 +70,7 @@ def random_model(device, dtype):
         text = CLIPTextModel(CLIPTextConfig(**single_file.CONFIGS["sd2"]["text_encoder"]))
         networks = VAE(), TextEncoder(text, single_file.tokenizer("sd2", load_tokenizer)), UNet(UNetConfig(time_cond_proj_dim=W_DIM))
     vae, text_encoder, unet = (network.to(dtype).eval().requires_grad_(False) for network in networks)
+    vae.to(memory_format=torch.channels_last)  # as VAE.from_pretrained does at this size
     return Model(vae, text_encoder, NoiseSchedule(device=device), device, dtype), unet
 
 

@@ -166,7 +166,9 @@ class VAE(nn.Module):
     def from_pretrained(cls, path, dtype=None, device=None):
         """path: a VAE folder, a model folder with vae/, a single-file checkpoint, or a hub id. dtype: float32 if None. Raises
         InputError on anything but an exact fit."""
-        return load_component(cls, path, "vae", dtype, device)
+        vae = load_component(cls, path, "vae", dtype, device)
+        # at SD's widths the decode is 20% faster so on a CPU in bfloat16 (bench/RESULTS.md); at the pocket's it is slower
+        return vae.to(memory_format=torch.channels_last) if vae.config.block_out_channels[0] >= 128 else vae
 
     def save_pretrained(self, folder, dtype=None):
         """Write a folder that diffusers' AutoencoderKL opens."""
