@@ -35,7 +35,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 import single_file
 from cli import autocast, pick_device, pick_precision, require, run
-from weights import (WEIGHTS, Component, InputError, Tensors, find_component, finite, load_strictly, load_tokenizer,
+from weights import (WEIGHTS, Component, InputError, Tensors, find_component, finite, first_line, load_strictly, load_tokenizer,
                      whole_folder)
 
 HERE = Path(__file__).parent
@@ -403,10 +403,6 @@ def parameters_on_meta():
         yield
     finally:
         hook.remove()
-
-
-def first_line(error):
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def find_weights(name, path):

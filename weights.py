@@ -30,6 +30,11 @@ class InputError(ValueError):
     scripts print it as one line and exit with code 2."""
 
 
+def first_line(error):
+    """What an exception says, as one line."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def read_json(file):
     """The JSON object in `file`."""
     try:
@@ -197,8 +202,7 @@ def local(path, name):
             cached = try_to_load_from_cache(text, file)
             if isinstance(cached, str):
                 return Path(cached).parents[file.count("/")]
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(f"{text}: no such file or folder here, and as a hub id it could not be fetched and is not in the cache ({reason}); "
+        raise InputError(f"{text}: no such file or folder here, and as a hub id it could not be fetched and is not in the cache ({first_line(error)}); "
                          f"{MIRROR}") from None
 
 
