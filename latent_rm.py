@@ -29,7 +29,7 @@ from tqdm import tqdm
 import single_file
 from cli import autocast, fast_attention, option, parse, pick_precision, require, run
 from data import POCKET, Shards, batches, positions
-from reward import open_clip_weights
+from reward_weights import open_clip_weights
 from vae import VAE
 from weights import InputError, find_component, load_component, load_strictly, load_tokenizer, save_component
 
@@ -224,8 +224,9 @@ class Gather(torch.autograd.Function):
 
 def clip_loss(image, text, logit_scale):
     """CLIP's loss on the unit features of B pairs, [B,D] each: every picture is to find its text, every text its picture, among all
-    (arXiv 2103.00020, figure 3)."""
-    logits, own = logit_scale.exp() * image @ text.T, torch.arange(len(image), device=image.device)
+    (arXiv 2103.00020, figure 3). logit_scale: the log of a scale that counts as 100 at most."""
+    logits = logit_scale.exp().clamp(max=100) * image.float() @ text.float().T
+    own = torch.arange(len(image), device=image.device)
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
 
@@ -319,7 +320,6 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = args.lr * rate_factor(step, args)
         optimizer.step()
-        latent_rm.logit_scale.data.clamp_(max=math.log(100))
 
         done = step + 1
         progress.update()

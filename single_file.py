@@ -123,11 +123,11 @@ KEYS = {"unet": unet_key, "vae": vae_key, "text_encoder": text_key}
 
 # ------------------------------------------------------------------------------------------- tokenizer
 
-def write_tokenizer(folder, kind):
-    """CLIP's BPE, which open_clip ships, as the tokenizer/ folder of that generation. SD1 pads with the end token; SD2 with
-    id 0, the token "!", so that transformers reads a "!" in a prompt as padding: diffusers does so too."""
+def write_tokenizer(folder, kind, entries=49408, length=77):
+    """CLIP's BPE, which open_clip ships, or its first `entries`, as the tokenizer/ folder of that generation. SD1 pads with the end
+    token; SD2 with id 0, the token "!", so that transformers reads a "!" in a prompt as padding: diffusers does so too."""
     from open_clip.tokenizer import bytes_to_unicode, default_bpe
-    merges = gzip.open(default_bpe(), "rt", encoding="utf-8").read().split("\n")[1:49152 - 256 - 2 + 1]
+    merges = gzip.open(default_bpe(), "rt", encoding="utf-8").read().split("\n")[1:1 + entries - 512 - 2]
     symbols = list(bytes_to_unicode().values())
     tokens = symbols + [s + "</w>" for s in symbols] + [m.replace(" ", "") for m in merges] + ["<|startoftext|>", "<|endoftext|>"]
     folder = Path(folder)
@@ -135,7 +135,7 @@ def write_tokenizer(folder, kind):
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), encoding="utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, "bos_token": "<|startoftext|>",
+        "tokenizer_class": "CLIPTokenizer", "model_max_length": length, "do_lower_case": True, "bos_token": "<|startoftext|>",
         "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "!" if kind == "sd2" else "<|endoftext|>"}, indent=2) + "\n")
 
 

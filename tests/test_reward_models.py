@@ -21,6 +21,7 @@ import reward as rewards
 import single_file
 from conftest import ROOT, agree, call, rand, randomize
 from reward import load_reward
+from reward_weights import AsOpenClip, parameters_on_meta
 from weights import InputError, load_tokenizer
 
 DATA = Path(__file__).parent / "data"
@@ -472,11 +473,11 @@ def vit_h():
 
 def test_keys_and_shapes_are_those_of_the_published_files(monkeypatch):
     monkeypatch.undo()
-    with rewards.parameters_on_meta():
+    with parameters_on_meta():
         clip, theirs = open_clip.CLIP(**open_clip.get_model_config(rewards.VIT_H)), CLIPModel(vit_h())
         image_reward = rewards.ImageReward(None)
     assert shapes(clip) == published("hpsv2")
-    assert shapes(theirs) == published("pickscore") and rewards.AsOpenClip(Listed(published("pickscore"))).shapes == published("hpsv2")
+    assert shapes(theirs) == published("pickscore") and AsOpenClip(Listed(published("pickscore"))).shapes == published("hpsv2")
     assert shapes(image_reward) == published("imagereward")
     assert shapes(rewards.Head(768)) == published("aesthetic-mlp") and {k.removeprefix("layers.0."): v for k, v in shapes(rewards.Head(768, {0: 1})).items()} == published("aesthetic-linear")
     assert open_clip.get_model_config(rewards.VIT_L)["embed_dim"] == 768
@@ -673,7 +674,7 @@ def test_hpsv2_at_true_size_equals_plain_open_clip(monkeypatch, tmp_path):
     file = tmp_path / "HPS_v2.1_compressed.pt"
     torch.save({"state_dict": state}, file)
     assert abs(file.stat().st_size - 1_972_490_005) < 100_000
-    with rewards.parameters_on_meta():
+    with parameters_on_meta():
         clip = open_clip.CLIP(**open_clip.get_model_config("ViT-H-14"))
     clip.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
     clip.eval()
