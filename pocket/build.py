@@ -18,7 +18,6 @@ Nothing in any stage sees the held-out pictures or their captions before they ar
 import argparse
 import collections
 import functools
-import gzip
 import io
 import json
 import math
@@ -34,15 +33,24 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 POCKET = Path(__file__).resolve().parent
 sys.path.insert(0, str(POCKET.parent))
+import single_file
+from cli import autocast, fast_attention, pick_precision
+from latent_rm import LatentRMConfig, LatentViT, clip_loss
+from lcm_solver import NoiseSchedule
+from reward import PocketReward
+from text_encoder import TextEncoder
+from unet import UNet, UNetConfig
+from vae import VAE, VAEConfig
 
 SIZE = 64
 HELD_OUT = 256  # of 3,373: as many as the retrieval among 256 prompts needs
 VOCABULARY = 4096
-STEPS = {"vae": 4500, "judge": 2000, "reward": 900, "text": 500, "teacher": 2400, "plain": 600, "student": 2400}  # times --scale
-BATCH = {"vae": 16, "judge": 128, "reward": 96, "text": 128, "teacher": 64}
+STEPS = {"vae": 4500, "judge": 2000, "reward": 900, "text": 500, "teacher": 6000, "plain": 600, "student": 2400}  # times --scale
+BATCH = {"vae": 16, "judge": 128, "reward": 96, "text": 128, "teacher": 32}
 
 
 # ---------------------------------------------------------------- data
@@ -100,23 +108,10 @@ def read_split(name):
 
 
 def stage_tokenizer(args):
-    import open_clip
-    source = Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
-    merges = gzip.open(source).read().decode().split("\n")[1:VOCABULARY - 512 - 2 + 1]
-    from open_clip.tokenizer import bytes_to_unicode
-    letters = list(bytes_to_unicode().values())
-    tokens = letters + [c + "</w>" for c in letters] + ["".join(m.split()) for m in merges] + ["<|startoftext|>", "<|endoftext|>"]
-    folder = POCKET / "tokenizer"
-    folder.mkdir(exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}, ensure_ascii=False))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-    (folder / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "CLIPTokenizer", "model_max_length": 32, "bos_token": "<|startoftext|>",
-        "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}, indent=2) + "\n")
-    from transformers import CLIPTokenizer
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    single_file.write_tokenizer(POCKET / "tokenizer", "sd1", VOCABULARY, 32)
+    tokenizer = CLIPTokenizer.from_pretrained(POCKET / "tokenizer")
     lengths = [len(ids) for ids in tokenizer(read_split("train")[1]).input_ids]
-    print(f"tokenizer: {len(tokens)} entries; captions take {np.mean(lengths):.1f} tokens on average, "
+    print(f"tokenizer: {len(tokenizer)} entries; captions take {np.mean(lengths):.1f} tokens on average, "
           f"{sum(n > 32 for n in lengths)} of {len(lengths)} more than 32")
 
 
@@ -125,7 +120,6 @@ def stage_tokenizer(args):
 def fit(name, args, modules, loss_of_step, lr, ema=None, weight_decay=0.01, warmup=200):
     """AdamW with warm-up and cosine decay over STEPS[name]. `modules` is a dict name -> (module, lr factor). State goes to
     args.work/{name}.pt every two minutes, so that the same command resumes. Ends with the EMA weights in the modules."""
-    from cli import fast_attention
     steps = max(1, round(STEPS[name] * args.scale))
     file = args.work / f"{name}.pt"
     groups = [{"params": list(m.parameters()), "factor": factor} for m, factor in modules.values()]
@@ -227,14 +221,13 @@ def draw(count, batch, generator):
 # ---------------------------------------------------------------- vae
 
 def stage_vae(args):
-    from vae import VAE, VAEConfig
     torch.manual_seed(0)
     vae = VAE(VAEConfig(block_out_channels=(16, 32, 96), norm_num_groups=16, sample_size=SIZE))
     vae.to(args.device, memory_format=torch.channels_last)
     images = read_split("train")[0]
 
     def loss_on(pictures, noise):
-        with torch.autocast(args.device, torch.bfloat16):
+        with autocast(args.device, args.precision):
             mean, std = vae.posterior(pictures)
             out = vae.decode((mean + std * noise) * vae.config.scaling_factor).float()
         kl = 0.5 * (mean.float() ** 2 + std.float() ** 2 - 1 - 2 * std.float().log()).mean()
@@ -291,22 +284,13 @@ CLIPS = {
 }
 
 
-def clip_loss(image, text, logit_scale):
-    """Symmetric cross-entropy over the batch; image, text: unit vectors [B,D]."""
-    logits = logit_scale.exp().clamp(max=100) * image.float() @ text.float().T
-    target = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-
-
 def stage_clip(name, args):
-    from reward import PocketReward
-    from transformers import CLIPTokenizer
     torch.manual_seed({"judge": 1, "reward": 2}[name])
     model = PocketReward(CLIPS[name], CLIPTokenizer.from_pretrained(POCKET / "tokenizer")).to(args.device)
     images, captions = read_split("train")
 
     def loss_on(pictures, ids):
-        with torch.autocast(args.device, torch.bfloat16):
+        with autocast(args.device, args.precision):
             image = model.clip.encode_image(pictures, normalize=True)
             text = model.clip.encode_text(ids, normalize=True)
         return clip_loss(image, text, model.clip.logit_scale)
@@ -357,23 +341,14 @@ UNET = {"sample_size": SIZE // 4, "block_out_channels": (64, 128, 192), "layers_
 
 
 @torch.no_grad()
-def encode_split(images, captions, args):
-    """Scaled latents of the training pictures and of their mirror images, [2N,4,16,16], with their captions. A picture
-    whose caption says left or right is not mirrored."""
-    from vae import VAE
+def encode_split(images, args):
+    """-> scaled latents [N,4,16,16] of uint8 pictures [N,3,64,64]."""
     vae = VAE.from_pretrained(POCKET, dtype=torch.float32, device=args.device)
-    sided = torch.tensor(["left" in c or "right" in c for c in captions])
-    images = torch.cat([images, torch.where(sided.view(-1, 1, 1, 1), images, images.flip(-1))])
     means = [vae.posterior(part.to(args.device).float() / 127.5 - 1)[0] for part in images.split(256)]
-    return torch.cat(means) * vae.config.scaling_factor, captions * 2
+    return torch.cat(means) * vae.config.scaling_factor
 
 
 def stage_teacher(args):
-    from latent_rm import LatentRMConfig, LatentViT
-    from lcm_solver import NoiseSchedule
-    from text_encoder import TextEncoder
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-    from unet import UNet, UNetConfig
     torch.manual_seed(3)
     tokenizer = CLIPTokenizer.from_pretrained(POCKET / "tokenizer")
     model = CLIPTextModel(CLIPTextConfig(**TEXT_ENCODER, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
@@ -382,7 +357,8 @@ def stage_teacher(args):
     unet, schedule = UNet(UNetConfig(**UNET)).to(args.device), NoiseSchedule(device=args.device)
     print(f"teacher: UNet {sum(p.numel() for p in unet.parameters()) / 1e6:.1f} M, "
           f"text encoder {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
-    latents, captions = encode_split(*read_split("train"), args)
+    images, captions = read_split("train")
+    latents = encode_split(images, args)
 
     # First against latents, so that neither the reward nor the judge has any part in it.
     image_tower = LatentViT(LatentRMConfig(latent_size=SIZE // 4, patch_size=2, width=192, layers=3, heads=6, embed_dim=192)).to(args.device)
@@ -390,10 +366,11 @@ def stage_teacher(args):
     scale = torch.nn.ParameterList([torch.tensor(math.log(1 / 0.07))]).to(args.device)
 
     def contrast(ids, z):
-        with torch.autocast(args.device, torch.bfloat16):
+        with autocast(args.device, args.precision):
             hidden = model(input_ids=ids).last_hidden_state
             text = head(hidden[torch.arange(len(ids)), (ids == tokenizer.eos_token_id).int().argmax(1)])
-            return clip_loss(F.normalize(image_tower(z), dim=-1), F.normalize(text, dim=-1), scale[0])
+            image = image_tower(z)
+        return clip_loss(F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1), scale[0])
 
     def contrast_of_step(step, generator):
         chosen = draw(len(captions), BATCH["text"], generator)
@@ -410,21 +387,23 @@ def stage_teacher(args):
 
     def denoise(ids, z, noise, t):
         noisy = schedule.add_noise(z, noise, t)
-        with torch.autocast(args.device, torch.bfloat16):
+        with autocast(args.device, args.precision):
             eps = unet(noisy, t, model(input_ids=ids).last_hidden_state)
         snr = schedule.alphas_cumprod[t] / (1 - schedule.alphas_cumprod[t])
-        weight = snr.clamp(max=5) / snr  # min-SNR weights (arXiv 2303.09556)
-        return (weight * (eps.float() - noise).square().mean(dim=(1, 2, 3))).mean()
+        # So every noise level has about the same part in the loss. With equal weights, or min-SNR's, the highest levels, where the
+        # caption decides what the picture is of and where a 2-step student starts, have a fiftieth of it.
+        return (snr ** -0.5 * (eps.float() - noise).square().mean(dim=(1, 2, 3))).mean()
 
     # the pattern matcher would put the slow fused attention back (see cli.fast_attention)
-    compiled = torch.compile(denoise, options={"pattern_matcher": False} if args.device == "cpu" else None)
+    compiled = torch.compile(denoise, options={"pattern_matcher": False} if args.device.type == "cpu" else None)
 
     def denoise_of_step(step, generator):
         chosen = torch.multinomial(likely, BATCH["teacher"], replacement=True, generator=generator)
         rng = random.Random(step)
         prompts = ["" if rng.random() < 0.1 else c for c in vary([captions[i] for i in chosen], rng)]
         noise = torch.randn(len(chosen), *latents.shape[1:], generator=generator)
-        t = draw(len(schedule), len(chosen), generator)
+        # one timestep in each of as many equal parts of the schedule as there are pictures
+        t = ((torch.arange(len(chosen)) + torch.rand(len(chosen), generator=generator, dtype=torch.float64)) / len(chosen) * len(schedule)).long()
         return compiled(text_encoder.tokenize(prompts).to(args.device), latents[chosen.to(args.device)],
                         noise.to(args.device), t.to(args.device))
 
@@ -447,7 +426,6 @@ def train(out, *options):
 
 
 def stage_student(args):
-    from unet import UNet
     steps = lambda name: str(max(1, round(STEPS[name] * args.scale)))
     results = {"plain": train(args.work / "plain", "--reward", "none", "--steps", steps("plain"))[-1]}  # as long as the default run
     (POCKET / "results.json").write_text(json.dumps(results, indent=1))
@@ -469,10 +447,11 @@ def main():
     parser.add_argument("--stages", default="all", help="comma-separated, or all")
     parser.add_argument("--packages", type=Path, default=Path("."), help="folder with the two .tgz of npm pack")
     parser.add_argument("--work", type=Path, default=POCKET / "state", help="folder for the state of unfinished stages")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--go-on", action="store_true", help="teacher: start from the weights in pocket/, not from noise")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every stage's number of steps (0.01: a rehearsal)")
     args = parser.parse_args()
+    args.precision = pick_precision("auto", args.device)
     args.work.mkdir(parents=True, exist_ok=True)
     chosen = list(STAGES) if args.stages == "all" else args.stages.split(",")
     if set(chosen) - set(STAGES):
