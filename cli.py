@@ -41,8 +41,8 @@ def run(main):
     try:
         main()
     except InputError as error:
-        # a data loading process wraps the message in a traceback; its last line is the message
-        print("error: " + str(error).strip().splitlines()[-1].removeprefix("weights.InputError: "), file=sys.stderr)
+        # a data loading process wraps the message in a traceback, and libraries write messages of several lines
+        print("error: " + " ".join(str(error).rpartition("weights.InputError: ")[2].split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -65,7 +65,8 @@ def pick_precision(name, device):
     """"auto", "bf16" or "fp32" -> torch.dtype of the networks' arithmetic. auto: bf16 where the hardware computes in it."""
     if name == "auto":
         on_cpu = (getattr(torch.cpu, f"_is_{unit}_supported", lambda: False) for unit in ("amx_tile", "avx512_bf16"))
-        return torch.bfloat16 if device.type == "cuda" or any(supported() for supported in on_cpu) else torch.float32
+        computes = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else any(supported() for supported in on_cpu)
+        return torch.bfloat16 if computes else torch.float32
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 

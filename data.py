@@ -4,11 +4,12 @@ NAME.npy (float16 [2,4,h,w]: the posterior's mean and std, unscaled) + NAME.txt.
     python data.py --data 'shards/*.tar' --out encoded/ --model MODEL --resolution 512     # encode once, train often
 
 Every sample is addressed by its place in its tar, so the order is a pure function of (seed, position): a run can stop
-anywhere and go on exactly there, on any number of processes.
+anywhere and go on exactly there, and two processes draw together what one with twice the rows draws.
 """
 import functools
 import glob
 import io
+import json
 import os
 import tarfile
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from cli import autocast, make_folder, option, parse, pick_device, pick_precision, require, run
-from weights import InputError
+from weights import InputError, read_json, write_whole
 
 POCKET = Path(__file__).resolve().parent / "pocket"
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
@@ -39,7 +40,7 @@ class Shards(torch.utils.data.Dataset):
         for number, file in enumerate(self.files):
             parts = {}
             try:
-                with tarfile.open(file) as tar:
+                with tarfile.open(file, "r:") as tar:
                     for member in tar:
                         stem, dot, suffix = member.name.rpartition(".")
                         tar.members = []  # else tarfile keeps them all
@@ -57,6 +58,8 @@ class Shards(torch.utils.data.Dataset):
         require(rows, f"{path}: no pairs in these shards; expected NAME.jpg|png|webp or NAME.npy beside NAME.txt")
         require(len(suffixes) == 1, f"{path}: some shards hold pictures and some hold latents; give one kind")
         self.encoded = suffixes.pop()
+        require(not self.encoded or (self.samples[:, 2] == self.samples[0, 2]).all(),
+                f"{path}: latents of several sizes; give shards that were encoded at one resolution")
 
     def __len__(self):
         return len(self.samples)
@@ -157,9 +160,13 @@ def main():
     vae, shards = VAE.from_pretrained(args.model, device=device), Shards(args.data, args.resolution)
     require(not shards.encoded, f"{args.data}: already encoded")
     names = [Path(file).name for file in shards.files]
+    made_from = {"data": args.data, "model": args.model, "resolution": args.resolution}
     require(len(set(names)) == len(names), f"--data {args.data}: two shards of the same name; encode them into separate folders")
     require(all(Path(file).resolve().parent != Path(args.out).resolve() for file in shards.files), f"--out {args.out}: holds the pictures; give another folder")
-    make_folder(args.out)
+    record = make_folder(args.out) / "config.json"
+    before = read_json(record) if record.is_file() else made_from
+    require(before == made_from, f"--out {args.out}: holds what was encoded with {before}, now {made_from}; give another folder")
+    write_whole(record, json.dumps(made_from, indent=2) + "\n")
     groups = {}
     for i, number in enumerate(shards.samples[:, 0].tolist()):
         groups.setdefault(number, []).append(i)

@@ -95,8 +95,7 @@ def compare(args, device, dtype):
     require(0 <= args.teacher_steps < 1000, f"--teacher-steps {args.teacher_steps}: expected 0 to 999")
     out = make_folder(args.out)
     model = Model.from_pretrained(args.model, device, dtype)
-    student = model.check(UNet.from_pretrained(args.unet, dtype=dtype, device=device), args.unet)
-    require(student.config.time_cond_proj_dim, f"{args.unet}: a teacher (no guidance embedding), expected a student")
+    student = model.check(UNet.from_pretrained(args.unet, dtype=dtype, device=device), args.unet, student=True)
     lcm_timesteps(model.schedule, args.steps, student.config.lcm_grid or 50)  # refuses a wrong number of steps before any work
     shards = Shards(args.data, student.config.sample_size * model.vae.factor)
     require(not shards.encoded, f"{args.data}: the comparison needs pictures, not latents")
@@ -110,14 +109,15 @@ def compare(args, device, dtype):
                                 for part in real.split(args.batch)])
         rows += [score("real pictures", real / 2 + 0.5), score("real, through the VAE", (round_trip / 2 + 0.5).clamp(0, 1))]
     if args.teacher_steps:
-        teacher = model.check(UNet.from_pretrained(args.model, dtype=dtype, device=device), args.model)
+        teacher = model.check(UNet.from_pretrained(args.model, dtype=dtype, device=device), args.model, student=False)
         images, seconds = draw_all(model, teacher, prompts, args.teacher_steps, args.guidance, "ddim", args.batch)
         rows.append(score(f"teacher, {args.teacher_steps}-step DDIM", images, 2 * args.teacher_steps, seconds))
         pictures.append(images)
     recorded = json.loads(RESULTS.read_text()).get("plain") if RESULTS.is_file() else None
     plain = Config()  # the record was made with the defaults
-    if recorded and (args.data, args.guidance, args.steps, args.n, len(prompts)) == (plain.data, plain.guidance, plain.steps, plain.n, len(recorded["scores"])):
-        rows.append(recorded | {"name": "plain LCM, 2-step (recorded; `python train.py --reward none` remakes it)"})
+    same = all(getattr(args, name) == getattr(plain, name) for name in ("model", "data", "guidance", "steps", "n"))
+    if recorded and same and len(prompts) == len(recorded["scores"]):
+        rows.append(recorded | {"name": "plain LCM, 2-step (recorded; `python train.py --reward none --out runs/plain` remakes it)"})
     images, seconds = draw_all(model, student, prompts, args.steps, args.guidance, "lcm", args.batch, args.n)
     rows.append(score(f"student, {args.steps}-step ({Path(args.unet).parent.name}/{Path(args.unet).name})", images, args.steps, seconds))
     pictures.append(images)

@@ -114,8 +114,11 @@ def main():
     unet = UNet.from_pretrained(student, dtype=dtype)
     require(unet.config.time_cond_proj_dim, f"{student}: a teacher (no guidance embedding); expected a student")
     out = Path(args.out)
-    require(not out.exists() or (out / "model_index.json").is_file() or out.is_dir() and not any(out.iterdir()),
+    index = out / "model_index.json"
+    exported = index.is_file() and read_json(index).get("_class_name") == "LatentConsistencyModelPipeline"
+    require(not out.exists() or exported or out.is_dir() and not any(out.iterdir()),
             f"--out {out}: exists and is no exported pipeline; it would be replaced, so give another name")
+    require(out.resolve() != Path(teacher).resolve(), f"--out {out}: is the model to export; it would be replaced, so give another name")
     make_folder(out.parent)
     export_pipeline(teacher, unet, out, dtype)
     print(f"{out}: diffusers.LatentConsistencyModelPipeline.from_pretrained({args.out!r})")

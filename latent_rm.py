@@ -4,7 +4,7 @@ The student maximises the LRM's score without decoding anything; meanwhile the L
 model, which is only ever asked to compare and so may be a black box. Before that, it learns what goes with what:
 
     python latent_rm.py                                       # the pocket's, on a laptop
-    python train.py --latent-rm runs/latent_rm --rm-lr 1e-4   # distil through it
+    python train.py --latent-rm runs/latent_rm --rm-lr 1e-4 --out runs/latent   # distil through it
 
     torchrun --nproc_per_node=8 latent_rm.py --size sd21 --model MODEL --data 'encoded/*.tar' --heldout 'encoded-heldout/*.tar' \\
         --out runs/latent_rm21 --resolution 512 --batch-size 480 --lr 5e-4 --steps 100000 --warmup 2000 --text-tower HPS_v2.1_compressed.pt
@@ -244,6 +244,7 @@ def check(args):
         require(getattr(args, name) >= 1, f"--{name.replace('_', '-')} {getattr(args, name)}: expected 1 or more")
     require(args.workers >= 0, f"--workers {args.workers}: expected 0 or more")
     require(args.lr > 0, f"--lr {args.lr}: expected more than 0")
+    require(args.batch_size >= 2, f"--batch-size {args.batch_size}: expected 2 or more, the loss tells pairs from each other")
 
 
 def build(args, shape):
@@ -324,22 +325,25 @@ def main():
         done = step + 1
         progress.update()
         look = done % args.heldout_every == 0 or done == args.steps
-        if main_process and (look or done % args.log_every == 0 or done % args.checkpoint_every == 0):
+        if look or done % args.log_every == 0 or done % args.checkpoint_every == 0:
             line = {"step": done, "loss": loss.item(), "grad_norm": norm.item(), "logit_scale": latent_rm.logit_scale.exp().item(),
                     "lr": optimizer.param_groups[0]["lr"]}
             require(all(abs(v) < float("inf") for v in line.values()), f"step {done}: loss or gradient is not finite ({line}); "
                     f"the last checkpoint in {out}/checkpoints is sound: lower --lr, with another --out")
             seconds = (time.perf_counter() - clock) / (done - clock_step)
-            if look:
-                with autocast(device, dtype):
-                    line["retrieval"] = retrieval(latent_rm, seen, seen_captions)
-            line |= {"seconds_per_step": round(seconds, 4), "pairs_per_second": round(world * args.batch_size / seconds, 2)}
             clock, clock_step = time.perf_counter(), done
-            with open(out / "log.jsonl", "a") as log:
-                log.write(json.dumps(line) + "\n")
-            progress.set_postfix({k: f"{line[k]:.3f}" for k in ("loss", "retrieval") if k in line})
+            if main_process:
+                if look:
+                    with autocast(device, dtype):
+                        line["retrieval"] = retrieval(latent_rm, seen, seen_captions)
+                line |= {"seconds_per_step": round(seconds, 4), "pairs_per_second": round(world * args.batch_size / seconds, 2)}
+                with open(out / "log.jsonl", "a") as log:
+                    log.write(json.dumps(line) + "\n")
+                progress.set_postfix({k: f"{line[k]:.3f}" for k in ("loss", "retrieval") if k in line})
+        pause = clock if look else time.perf_counter()
         if main_process and (done % args.checkpoint_every == 0 or done == args.steps):
             save_checkpoint(out, done, {"latent_rm": latent_rm}, optimizer, args.keep)
+        clock += time.perf_counter() - pause  # looking and saving are not training
     progress.close()
     if main_process:
         latent_rm.save_pretrained(out / "latent_rm")

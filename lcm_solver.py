@@ -40,6 +40,9 @@ class ScheduleConfig:
             raise InputError(f"{file}: beta_schedule {raw['beta_schedule']!r}; expected scaled_linear, as in every SD1 and SD2 file")
         if raw.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
             raise InputError(f"{file}: prediction_type {raw['prediction_type']!r}; expected epsilon or v_prediction")
+        for key in ("rescale_betas_zero_snr", "trained_betas"):
+            if raw.get(key):
+                raise InputError(f"{file}: {key} is set; expected the scaled-linear schedule as it is, with noise left out of no timestep")
         return cls(**{k: raw[k] for k in cls.__dataclass_fields__ if k in raw})
 
 

@@ -2,7 +2,8 @@
 
     load_reward("hpsv2.1")                  HPSv2.1, weights from the hub; so hpsv2, pickscore, imagereward
     load_reward("hpsv2.1=FILE")             the same from the published file, its tensors as safetensors, or the folder of either
-    load_reward("clip:MODEL:TAG")           any open_clip model (default ViT-H-14:laion2b_s32b_b79k); clip:MODEL=FILE
+    load_reward("clip:MODEL:TAG")           any open_clip model (default ViT-H-14:laion2b_s32b_b79k)
+    load_reward("clip:MODEL:TAG=FILE")      the same from a file; the tag says how it reads pictures (without one: as CLIP does)
     load_reward("aesthetic=HEAD,CLIP")      CLIP L/14 with the LAION linear head or the MLP of improved-aesthetic-predictor
     load_reward("pocket=FOLDER")            the small CLIP of pocket/reward, or one in its layout such as pocket/judge
     load_reward("jpeg")                     minus the kilobytes of the JPEG at quality 95: smooth images win; no gradient
@@ -251,6 +252,7 @@ class BlackBox(Reward):
     def score(self, images, text):
         require(not (torch.is_grad_enabled() and images.requires_grad),
                 f"{self.name}: a black box, gives no gradient to the images; train through a latent proxy reward model (--latent-rm)")
+        require(images.isfinite().all(), f"{self.name}: images with NaN or infinity; a reward needs numbers in [0, 1]")
         scores = self.function((images.detach() * 255).round().byte().cpu(), text)
         try:
             scores = torch.tensor([float(score) for score in scores])
@@ -335,7 +337,7 @@ def load_clip(model, file, dtype, device, tag=None, tokenize=None, how=None, hal
             clip = kind(**config)
     except Exception as error:
         raise InputError(f"clip:{model}{f':{tag}' * bool(tag)}: could not be fetched from the hub and is not in its cache ({first_line(error)}); "
-                         f"give the weights of {trained.get('hf_hub', model).strip('/')}, as clip:{model}=/path/to/file") from None
+                         f"give the weights of {trained.get('hf_hub', model).strip('/')}, as clip:{model}{f':{tag}' * bool(tag)}=/path/to/file") from None
     component = open_clip_weights(file, ignored=r"position_ids$|attn_mask$")  # buffers that some versions saved
     load_strictly(clip, component, dtype=dtype, device=device)
     return ClipReward(clip, tokenize, how or trained.get("resize_mode", "shortest"), half, trained.get("mean", MEAN), trained.get("std", STD))

@@ -34,7 +34,7 @@ class Config:
     steps: int = option(2, "network calls per picture (ddim: twice as many passes, for guidance)")
     n: int = option(1, "pictures per prompt")
     seed: int = option(0, "picture i of a prompt uses seed + i")
-    size: str | None = option(None, "HxW in pixels, multiples of 8; what the model was trained at if not given")
+    size: str | None = option(None, "HxW in pixels, multiples of the VAE's factor (8); what the model was trained at if not given")
     model: str = option(str(POCKET), "VAE, text encoder, scheduler and UNet: a folder in the diffusers layout, a single file, or a hub id")
     unet: str | None = option(None, "UNet from elsewhere: a folder, file or hub id (default: MODEL/student for lcm if there is one, else MODEL's)")
     solver: str = option("lcm", "lcm: a student; ddim: a teacher", choices=("lcm", "ddim"))
@@ -62,7 +62,14 @@ class Model:
         return cls(VAE.from_pretrained(path, dtype, device).requires_grad_(False), TextEncoder.from_pretrained(path, dtype, device).requires_grad_(False),
                    NoiseSchedule(ScheduleConfig.from_pretrained(path), device), device, dtype)
 
-    def check(self, unet, where):
+    def check(self, unet, where, student):
+        """-> the UNet, if it belongs to this model and is a student (has a guidance embedding) or a teacher, as `student` says."""
+        latents = self.vae.config.latent_channels
+        require(unet.config.in_channels == unet.config.out_channels == latents, f"{where}: a UNet from {unet.config.in_channels} to "
+                f"{unet.config.out_channels} channels, but the VAE's latents have {latents}; inpainting, depth and upscaling models do not work here")
+        require(bool(unet.config.time_cond_proj_dim) == student, f"{where}: " + (
+            "a teacher (no guidance embedding); expected a student (teachers: sample.py --solver ddim)" if student else
+            "a student; expected a teacher (students: sample.py --solver lcm)"))
         require(unet.config.cross_attention_dim == self.text_encoder.dim,
                 f"{where}: the UNet's config says cross_attention_dim {unet.config.cross_attention_dim}, the text encoder gives "
                 f"{self.text_encoder.dim}: do the UNet and the model belong together?")
@@ -142,14 +149,12 @@ def main():
     model = Model.from_pretrained(args.model, device, dtype)
     student = Path(args.model) / "student"
     where = args.unet or str(student if args.solver == "lcm" and student.is_dir() else args.model)
-    unet = model.check(UNet.from_pretrained(where, dtype=dtype, device=device), where)
+    unet = model.check(UNet.from_pretrained(where, dtype=dtype, device=device), where, student=args.solver == "lcm")
     if args.solver == "lcm":
         lcm_timesteps(model.schedule, args.steps, unet.config.lcm_grid or 50)  # refuses a wrong number of steps before any work
-        require(unet.config.time_cond_proj_dim, f"{where}: a teacher (no guidance embedding); sample it with --solver ddim, or give a student as --unet")
         require(not args.negative, "--negative: a student has no unconditional branch to lead away from; it works with --solver ddim")
     else:
         require(1 <= args.steps < len(model.schedule), f"--steps {args.steps}: expected 1 to {len(model.schedule) - 1} for ddim")
-        require(not unet.config.time_cond_proj_dim, f"{where}: a student; sample it with --solver lcm, or give a teacher as --unet")
     size = parse_size(args.size, model.vae.factor) if args.size else None
     if args.compile:
         unet.compile()

@@ -32,7 +32,7 @@ CONFIGS = {
 }
 V_PREDICTION = {"sample_size": 96, "upcast_attention": True}  # what 2.1-768 adds to the UNet's config
 PREFIX = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
-IGNORED = {"unet": r"^$", "vae": r"^loss\.",  # of tensors under the prefix: training's leftovers and the last text layer
+IGNORED = {"unet": r"^$", "vae": r"loss\.",  # of tensors under the prefix: training's leftovers and the last text layer
            "text_encoder": r"resblocks\.23\.|text_projection|logit_scale|attn_mask|position_ids"}
 
 

@@ -71,5 +71,5 @@ class TextEncoder(nn.Module):
         return self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt").input_ids
 
     def forward(self, prompts):
-        return self.model(input_ids=self.tokenize(prompts).to(self.model.device)).last_hidden_state
+        return self.model(input_ids=self.tokenize(prompts).to(self.model.device, non_blocking=True)).last_hidden_state
 

@@ -7,7 +7,7 @@
         --batch-size 16 --steps 10000 --lr 1e-6 --lr-schedule constant --w-min 5 --w-max 15 --ddim-steps 50 \\
         --reward hpsv2.1 --reward-scale 1 --reward-batch 4 --grad-checkpoint --workers 8
 
-    python train.py --latent-rm runs/latent_rm --rm-lr 1e-4     # the reward through a latent proxy (latent_rm.py makes one)
+    python latent_rm.py && python train.py --latent-rm runs/latent_rm --rm-lr 1e-4 --out runs/latent     # the reward through a latent proxy
 
 To resume, run the same command. All randomness is a function of the seed and of the sample's place in the stream of samples,
 so a resumed run draws the same, and so does a run on another number of processes with as many pictures a step.
@@ -80,11 +80,12 @@ class Config:
     log_every: int = option(10, "steps between lines of log.jsonl")
     sample_every: int = option(200, "steps between sample grids")
     keep: int = option(2, "checkpoints kept")
+    evaluate: bool = option(True, "end a run on the pocket with the comparison table")
     workers: int = option(0, "data loading processes")
     device: str = option("auto", "auto, cpu or cuda")
 
 
-MAY_CHANGE = {"out", "checkpoint_every", "log_every", "sample_every", "keep", "workers", "device", "compile"}
+MAY_CHANGE = {"out", "checkpoint_every", "log_every", "sample_every", "keep", "workers", "device", "compile", "evaluate", "heldout_every"}
 
 
 # ------------------------------------------------------------------------------------------- the algorithm
@@ -97,7 +98,7 @@ def random_draws(seed, places, shape, grid_points, device):
         g = torch.Generator().manual_seed(mix(mix(seed, 1), place))
         rows.append((torch.randn(shape, generator=g), torch.randn(shape, generator=g),
                      torch.randint(grid_points, (), generator=g), torch.rand((), generator=g)))
-    return [torch.stack(column).to(device) for column in zip(*rows)]
+    return [torch.stack(column).to(device, non_blocking=True) for column in zip(*rows)]
 
 
 def distillation_loss(model, teacher, student, target, reward, solver, batch, args, latent_rm=None):
@@ -108,7 +109,7 @@ def distillation_loss(model, teacher, student, target, reward, solver, batch, ar
     with torch.no_grad():
         mean, std = tensors.unbind(1) if tensors.ndim == 5 else model.vae.posterior(tensors)
         z = (mean + std * posterior_noise) * model.vae.config.scaling_factor
-        context, uncond_context = model.text_encoder(captions), model.text_encoder([""])
+        context, uncond_context = model.text_encoder([*captions, ""]).split([len(captions), 1])
         w = args.w_min + (args.w_max - args.w_min) * u
         s = solver.timesteps[index]
         z_s = schedule.add_noise(z, noise, s)
@@ -129,7 +130,9 @@ def distillation_loss(model, teacher, student, target, reward, solver, batch, ar
 
 def direct_reward(model, reward, latents, captions, args):
     """The reward of the decoded pictures. Scaled latents [B,4,h,w] -> mean score with gradient to them, {name: detached scalar}"""
-    decode = (lambda x: checkpoint(model.vae.decode, x, use_reentrant=False)) if args.grad_checkpoint else model.vae.decode
+    decode = model.vae.decode
+    if args.grad_checkpoint:  # one picture at a time: the backward pass then holds the activations of one
+        decode = lambda latents: torch.cat([checkpoint(model.vae.decode, row, use_reentrant=False) for row in latents.split(1)])
     images = (decode(latents).float() / 2 + 0.5).clamp(0, 1)
     parts = {name: scores.mean() for name, scores in reward.parts(images, captions).items()}
     score = sum(reward.weights[name] * part for name, part in parts.items())
@@ -202,6 +205,8 @@ def open_run(args, rank, world):
     if checkpoints(out) and file.is_file():
         before = read_json(file)
         may_change = MAY_CHANGE | ({"steps"} if args.lr_schedule == "constant" else set())  # cosine: steps shape every rate
+        require(before.get("processes") == world, f"{out} holds a run on {before.get('processes')} processes, now there are {world}; "
+                                                  f"resume it on as many, or give another --out")
         changed = [k for k in settings if k not in may_change and before.get(k) != settings[k]]
         require(not changed, f"{out} holds a run with other options: " + ", ".join(f"--{k.replace('_', '-')} {before.get(k)} (now {settings[k]})"
                              for k in changed[:4]) + "; give the same options to resume it, or another --out")
@@ -247,6 +252,7 @@ def check(args):
     for name in ("batch_size", "grad_accum", "steps", "warmup", "reward_batch", "rm_batch", "solver_substeps", "resolution", "checkpoint_every", "log_every", "sample_every", "keep"):
         require(getattr(args, name) >= 1, f"--{name.replace('_', '-')} {getattr(args, name)}: expected 1 or more")
     require(args.workers >= 0, f"--workers {args.workers}: expected 0 or more")
+    require(args.ddim_steps >= 2, f"--ddim-steps {args.ddim_steps}: expected 2 or more, the student's steps")
     for name in ("lr", "rm_lr", "rm_tau", "rm_tau_lrm"):
         require(getattr(args, name) > 0, f"--{name.replace('_', '-')} {getattr(args, name)}: expected more than 0")
     require(min(args.rm_image_layers, args.rm_text_layers) >= 0, f"--rm-image-layers {args.rm_image_layers} --rm-text-layers {args.rm_text_layers}: expected 0 or more")
@@ -268,15 +274,16 @@ def main():
 
     # Frozen: VAE, text encoder, teacher, reward. Trained in float32: the student, whose EMA is the target, and the top of the LRM.
     model = Model.from_pretrained(args.teacher, device, dtype)
-    teacher = model.check(UNet.from_pretrained(args.teacher, device=device, dtype=dtype), args.teacher).requires_grad_(False)
-    reward = None if args.reward == "none" else load_reward(args.reward, device, grad_checkpoint=args.grad_checkpoint)
+    teacher = model.check(UNet.from_pretrained(args.teacher, device=device, dtype=dtype), args.teacher, student=False).requires_grad_(False)
+    reward = None if args.reward == "none" else load_reward(args.reward, device, dtype, args.grad_checkpoint)
     require(reward is None or reward.differentiable or args.latent_rm, f"--reward {args.reward}: a black box, which gives no "
             f"gradient to maximise; it needs a latent proxy reward model (--latent-rm)")
     shards = Shards(args.data, args.resolution)
     solver = DDIMSolver(model.schedule, args.ddim_steps)
     require(args.resolution % model.vae.factor == 0, f"--resolution {args.resolution}: expected a multiple of {model.vae.factor}")
-    student = UNet.from_pretrained(newest / "unet" if newest else args.teacher, W_DIM, torch.float32, device, args.ddim_steps).train()
-    target = UNet.from_pretrained(newest / "unet_target" if newest else args.teacher, W_DIM, torch.float32, device, args.ddim_steps).requires_grad_(False)
+    trained = dict(w_embed_dim=W_DIM, device=device, lcm_grid=args.ddim_steps, sample_size=args.resolution // model.vae.factor)
+    student = UNet.from_pretrained(newest / "unet" if newest else args.teacher, **trained).train()
+    target = UNet.from_pretrained(newest / "unet_target" if newest else args.teacher, **trained).requires_grad_(False)
     student.checkpointing = args.grad_checkpoint
     weights, target_weights = list(student.parameters()), list(target.parameters())
     networks, latent_rm, rm_weights = {"unet": student, "unet_target": target}, None, []
@@ -287,7 +294,7 @@ def main():
     if newest:
         optimizer.load_state_dict(torch.load(newest / "optimizer.pt", map_location=device, weights_only=True))
     if args.compile:
-        for network in (student, target, teacher):
+        for network in (student, target, teacher, model.vae.encoder, model.vae.decoder):
             network.compile()
         for rewarder in (reward, latent_rm):
             rewarder is not None and rewarder.compile()
@@ -362,7 +369,7 @@ def main():
         for name, network in networks.items():
             network.save_pretrained(out / name)
         print("  ".join(str(out / name) for name in networks))
-        if Path(args.teacher).resolve() == POCKET:
+        if args.evaluate and Path(args.teacher).resolve() == POCKET:
             compared = evaluate.Config(unet=str(out / "unet_target"), out=str(out), guidance=(args.w_min + args.w_max) / 2, device=str(device), precision=args.precision)
             evaluate.compare(compared, device, dtype)
     if world > 1:

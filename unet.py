@@ -252,14 +252,14 @@ class UNet(nn.Module):
         return kinds[kind]
 
     @classmethod
-    def from_pretrained(cls, path, w_embed_dim=None, dtype=None, device=None, lcm_grid=None):
+    def from_pretrained(cls, path, w_embed_dim=None, dtype=None, device=None, **changes):
         """path: a UNet folder, a model folder with unet/, a single-file checkpoint, or a hub id. dtype: float32 if None, whatever
         the file holds. `w_embed_dim=256` makes a student of a teacher: cond_proj, which the file may then lack, starts at zero, so
-        that the student equals the teacher; `lcm_grid` goes into its config. Raises InputError unless all else fits."""
+        that the student equals the teacher. changes: of fields of its config. Raises InputError unless all else fits."""
         if w_embed_dim is None:
-            return load_component(cls, path, "unet", dtype, device)
+            return load_component(cls, path, "unet", dtype, device, **changes)
         return load_component(cls, path, "unet", dtype, device, may_lack=("time_embedding.cond_proj.weight",),
-                              time_cond_proj_dim=w_embed_dim, **({"lcm_grid": lcm_grid} if lcm_grid else {}))
+                              time_cond_proj_dim=w_embed_dim, **changes)
 
     def save_pretrained(self, folder, dtype=None):
         """Write a folder that diffusers' UNet2DConditionModel opens."""

@@ -74,12 +74,14 @@ def test_missing_shards_are_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["cut", "text", "empty"])
-def test_a_broken_tar_is_refused_by_name(content, shard, tmp_path):
+def test_a_broken_tar_is_refused_by_name(content, shard, tmp_path, capsys):
     whole = shard.read_bytes()
     file = tmp_path / "broken.tar"
     file.write_bytes({"cut": whole[:len(whole) // 2], "text": b"<html>not found</html>" * 100, "empty": b""}[content])
     with pytest.raises(InputError, match=str(file)):
         Shards(file, 16)
+    assert call(lambda: Shards(file, 16)) == 2
+    assert str(file) in capsys.readouterr().err  # in the one line that the user sees
 
 
 def test_a_tar_cut_inside_a_header_is_refused_by_name(shard, tmp_path):
@@ -116,11 +118,27 @@ def test_encoded_shards_hold_the_vaes_posterior(shard, model_folder, tmp_path):
     assert code == 0
     pictures, encoded = Shards(shard, 32), Shards(tmp_path / "encoded", 32)
     assert encoded.encoded and len(encoded) == len(pictures)
-    assert [f.name for f in (tmp_path / "encoded").iterdir()] == [shard.name]
+    assert {f.name for f in (tmp_path / "encoded").iterdir()} == {shard.name, "config.json"}
     vae = VAE.from_pretrained(model_folder)
     for (image, caption), (posterior, caption_2) in zip((pictures[i] for i in range(8)), (encoded[i] for i in range(8))):
         assert caption == caption_2 and posterior.dtype == torch.float32
         agree(posterior, torch.cat(vae.posterior(image[None])), 1e-3)  # float16 keeps 11 bits
+
+
+def test_encoding_another_way_into_the_same_folder_is_refused(shard, model_folder, tmp_path, capsys):
+    encode = lambda size: call(data.main, "--data", shard, "--out", tmp_path, "--model", model_folder, "--resolution", size, "--device", "cpu")
+    assert encode(32) == 0 and encode(32) == 0
+    assert encode(64) == 2
+    assert "'resolution': 32" in capsys.readouterr().err
+
+
+def test_latents_of_several_sizes_are_refused(tmp_path):
+    files = []
+    for side in (4, 8):
+        np.save(buffer := io.BytesIO(), np.zeros((2, 4, side, side), np.float16))
+        files += [(f"{side}.npy", buffer.getvalue()), (f"{side}.txt", b"words")]
+    with pytest.raises(InputError, match="several sizes"):
+        Shards(write_shard(tmp_path / "two.tar", files), 16)
 
 
 def test_pictures_mixed_with_latents_are_refused(shard, tmp_path):

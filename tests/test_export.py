@@ -57,6 +57,7 @@ def test_a_run_brings_its_teacher_and_its_ema_student(model_copy, tmp_path):
 WRONG = {
     "a teacher as student": (["--unet", "MODEL/unet"], "expected a student"),
     "a folder that holds other things": (["--out", "MODEL"], "is no exported pipeline"),
+    "a teacher's folder": (["--out", "TEACHER"], "is no exported pipeline"),
     "no run": (["--run", "MODEL/none"], "config.json"),
     "a run and a student": (["--run", "MODEL", "--unet", "MODEL/student"], "--unet"),
     "a single file of another kind": (["--single-file", "MODEL/x.ckpt"], ".safetensors"),
@@ -67,7 +68,9 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_input_is_one_line_exit_code_2_and_harms_nothing(case, model_copy, tmp_path, capsys):
     argv, named = WRONG[case]
-    before = sorted(model_copy.rglob("*"))
+    (model_copy / "teacher").mkdir()
+    (model_copy / "teacher/model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    argv, before = [a.replace("TEACHER", "MODEL/teacher") for a in argv], sorted(model_copy.rglob("*"))
     defaults = [] if "--run" in argv else ["--teacher", model_copy]
     assert call(export.main, *defaults, "--out", tmp_path / "exported", *(a.replace("MODEL", str(model_copy)) for a in argv)) == 2
     assert named in capsys.readouterr().err and sorted(model_copy.rglob("*")) == before and (model_copy / "vae" / WEIGHTS).is_file()

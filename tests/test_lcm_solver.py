@@ -1,3 +1,4 @@
+import json
 import types
 
 import numpy as np
@@ -224,3 +225,6 @@ def test_schedule_config_reads_the_scheduler_folder(model_folder, model_copy):
         file.write_text(text.replace("epsilon", "v_prediction"))
         assert ScheduleConfig.from_pretrained(model_copy).prediction_type == "v_prediction"
         file.write_text(text)
+    file.write_text(json.dumps(json.loads(text) | {"rescale_betas_zero_snr": True}))
+    with pytest.raises(InputError, match="rescale_betas_zero_snr"):
+        ScheduleConfig.from_pretrained(model_copy)

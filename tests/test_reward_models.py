@@ -267,6 +267,8 @@ def test_a_tag_brings_its_own_preprocessing_and_activation(files, monkeypatch):
     agree(reward.image_features(images), F.normalize(clip.encode_image(images * 2 - 1), dim=-1), 1e-5)
     agree(reward.image_features(pictures(50, 20)), reward.image_features(bicubic(pictures(50, 20), 32, 32).clamp(0, 1)), 1e-3)
     assert reward.name == "clip:tiny:mine"
+    from_file = load_reward(f"clip:tiny:mine={files}/clip.safetensors")
+    agree(from_file.image_features(pictures(50, 20)), reward.image_features(pictures(50, 20)), 1e-6)
 
 
 @torch.no_grad()
@@ -615,7 +617,7 @@ def test_without_a_path_the_hub_is_asked_and_its_absence_explained(files, monkey
         load_reward("hpsv2.1")
     monkeypatch.undo()
     monkeypatch.setattr(open_clip, "download_pretrained", offline)
-    with pytest.raises(InputError, match="clip: clip:ViT-H-14:laion2b_s32b_b79k: could not be fetched.*laion/CLIP-ViT-H-14-laion2B-s32B-b79K.*clip:ViT-H-14=/path"):
+    with pytest.raises(InputError, match="clip: clip:ViT-H-14:laion2b_s32b_b79k: could not be fetched.*laion/CLIP-ViT-H-14-laion2B-s32B-b79K.*clip:ViT-H-14:laion2b_s32b_b79k=/path"):
         load_reward("clip")
 
 

@@ -11,9 +11,10 @@ from PIL import Image
 
 import sample
 from conftest import ROOT, agree, call, make_text_encoder, teacher_pipeline
+from conftest import UNET as TINY_UNET
 from sample import Model
 from text_encoder import TextEncoder
-from unet import UNet
+from unet import UNet, UNetConfig
 from vae import VAE
 from weights import WEIGHTS
 
@@ -139,6 +140,7 @@ WRONG = {
     "half a text encoder config": ([], lambda m: cut(m / "text_encoder/config.json", 20), "config.json"),
     "half a scheduler config": ([], lambda m: cut(m / "scheduler/scheduler_config.json", 20), "scheduler_config.json"),
     "half a vocabulary": ([], lambda m: cut(m / "tokenizer/vocab.json", 2000), "tokenizer"),
+    "UNet of an inpainting model": ([], lambda m: UNet(UNetConfig(**TINY_UNET, in_channels=9)).save_pretrained(m / "student"), "9 to 4 channels"),
     "text encoder of another width": ([], lambda m: make_text_encoder(m, hidden_size=48), "cross_attention_dim 32"),
     "text encoder with another vocabulary": ([], lambda m: make_text_encoder(m, vocab_size=1000), "1000"),
 }

@@ -107,11 +107,12 @@ def test_known_names_of_the_published_files_are_met(kind):
 
 def test_what_published_files_hold_besides_is_passed_over(kind, teacher, file):
     extra = {"alphas_cumprod": 1000, "model_ema.decay": 1, "cond_stage_model.model.transformer.resblocks.23.ln_1.weight": 32,
-             "cond_stage_model.model.text_projection": 8, "cond_stage_model.model.logit_scale": 1,
+             "first_stage_model.loss.logvar": 1, "cond_stage_model.model.text_projection": 8, "cond_stage_model.model.logit_scale": 1,
              "cond_stage_model.transformer.text_model.embeddings.position_ids": 32}
     save_file(load_file(file) | {key: torch.zeros(size) for key, size in extra.items()}, file)
     assert same_weights(UNet.from_pretrained(file), UNet.from_pretrained(teacher))
     TextEncoder.from_pretrained(file)
+    VAE.from_pretrained(file)
 
 
 @pytest.mark.parametrize("component", [UNet, VAE, TextEncoder])

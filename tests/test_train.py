@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,8 +36,10 @@ def options(model_folder, shard):
     """options(out, steps=4, ...) -> the arguments of train.py for a small run."""
     def make(out, **changes):
         values = dict(teacher=model_folder, data=shard, out=out, resolution=32, batch_size=2, steps=4, lr=1e-3, reward="none",
-                      reward_scale=1.0, log_every=1, checkpoint_every=2, sample_every=100, device="cpu", precision="fp32") | changes
-        return [word for key, value in values.items() for word in (f"--{key.replace('_', '-')}", str(value))] + ["--no-compile"]
+                      reward_scale=1.0, log_every=1, checkpoint_every=2, sample_every=100, device="cpu", precision="fp32", compile=False) | changes
+        name = lambda key: key.replace("_", "-")
+        return [word for key, value in values.items() for word in (
+            [f"--{name(key)}" if value else f"--no-{name(key)}"] if isinstance(value, bool) else [f"--{name(key)}", str(value)])]
     return make
 
 
@@ -306,7 +309,7 @@ def test_a_run_leaves_all_its_parts_and_students_that_diffusers_opens(fit, tmp_p
     from diffusers import UNet2DConditionModel
     out = tmp_path / "run"
     assert fit(out, steps=5, reward=f"pocket={model_folder}", keep=2, sample_every=3) == 0
-    assert sorted(f.name for f in out.iterdir()) == ["checkpoints", "config.json", "log.jsonl", "samples", "unet", "unet_target"]
+    assert {f.name for f in out.iterdir()} - {"tensorboard"} == {"checkpoints", "config.json", "log.jsonl", "samples", "unet", "unet_target"}
     assert sorted(f.name for f in (out / "checkpoints").iterdir()) == ["step-000004", "step-000005"]
     assert sorted(f.name for f in (out / "samples").iterdir()) == ["step-000003.png", "step-000005.png"]
     assert Image.open(out / "samples/step-000005.png").text["prompts"] == " | ".join(CAPTIONS)
@@ -462,6 +465,7 @@ WRONG = {
     "fewer than no blocks": ({"rm_text_layers": -1}, "--rm-text-layers -1"),
     "no such data": ({"data": "/none/*.tar"}, "/none"),
     "no such teacher": ({"teacher": "/none/model"}, "/none/model"),
+    "a grid with room for one step": ({"ddim_steps": 1}, "--ddim-steps 1"),
     "unwritable out": ({"out": "/dev/null/run"}, "/dev/null/run"),
 }
 
@@ -474,14 +478,64 @@ def test_wrong_options_are_one_line_and_exit_code_2(case, fit, tmp_path, capsys)
     assert named in message and "Traceback" not in message
 
 
+def test_a_student_as_teacher_is_refused(fit, model_copy, tmp_path, capsys):
+    shutil.rmtree(model_copy / "unet")
+    (model_copy / "student").rename(model_copy / "unet")
+    assert fit(tmp_path / "run", teacher=model_copy) == 2 and "a student; expected a teacher" in capsys.readouterr().err
+
+
 def test_a_data_error_in_the_middle_of_a_run_names_the_shard(fit, tmp_path, capsys):
     file = write_shard(tmp_path / "bad.tar", [("a.png", b"no picture"), ("a.txt", b"words")])
     assert fit(tmp_path / "run", data=file) == 2 and str(file) in capsys.readouterr().err
+    assert fit(tmp_path / "run", data=file, workers=1) == 2  # from another process
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert str(file) in lines[-1] and "Traceback" not in "".join(lines)
+
+
+def test_the_student_is_of_the_size_that_it_was_trained_at(fit, tmp_path):
+    assert fit(tmp_path, steps=1, resolution=64) == 0  # the teacher's is 32
+    assert json.loads((tmp_path / "unet_target/config.json").read_text())["sample_size"] == 16
+    assert Image.open(tmp_path / "samples/step-000001.png").size == (4 * 64, 2 * 64)
+
+
+def test_a_run_on_the_pocket_ends_with_the_comparison_of_its_own_student(options, tmp_path, monkeypatch):
+    compared = []
+    monkeypatch.setattr(train.evaluate, "compare", lambda config, device, dtype: compared.append(config))
+    argv = ["--steps", 1, "--batch-size", 1, "--device", "cpu", "--precision", "fp32", "--no-compile", "--out"]
+    assert call(train.main, *argv, tmp_path / "run") == 0
+    assert call(train.main, *argv, tmp_path / "run", "--no-evaluate") == 0
+    (config,) = compared
+    assert config == train.evaluate.Config(unet=str(tmp_path / "run/unet_target"), out=str(tmp_path / "run"), device="cpu", precision="fp32")
+
+
+def compare_precisions(fit, out, monkeypatch, model_folder, **options):
+    """Runs with all that can be trained at once follow float32's, and what is frozen has bf16 weights in them."""
+    rewards = {"direct": {}, "proxy": {"latent_rm": model_folder / "latent_rm"}}
+    for path, more in rewards.items():
+        assert fit(out / path, steps=3, reward=f"pocket={model_folder}", **more) == 0
+    of, seen = train.distillation_loss, []
+    monkeypatch.setattr(train, "distillation_loss", lambda *networks: seen.append(networks) or of(*networks))
+    for path, more in rewards.items():
+        assert fit(out / f"bf16-{path}", steps=3, precision="bf16", reward=f"pocket={model_folder}", workers=1, grad_checkpoint=True, **more, **options) == 0
+        for (a,), (b,) in zip(log(out / path, "lcd"), log(out / f"bf16-{path}", "lcd"), strict=True):
+            assert b == pytest.approx(a, rel=0.1)
+    model, teacher, student, target, reward, *_, latent_rm = seen[-1]
+    dtypes = [next(network.parameters()).dtype for network in (model.vae, model.text_encoder, teacher, reward, student, target, latent_rm)]
+    assert dtypes == [torch.bfloat16] * 4 + [torch.float32] * 3
+
+
+def test_bf16_follows_float32(fit, tmp_path, monkeypatch, model_folder):
+    compare_precisions(fit, tmp_path, monkeypatch, model_folder)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_follows_an_eager_one(fit, tmp_path, model_folder):
+    for compile in (False, True):
+        assert fit(tmp_path / str(compile), steps=3, reward=f"pocket={model_folder}", compile=compile) == 0
+    for a, b in zip(log(tmp_path / "False", "loss", "reward"), log(tmp_path / "True", "loss", "reward"), strict=True):
+        assert b == pytest.approx(a, rel=1e-3)
 
 
 @pytest.mark.cuda
-def test_bf16_on_cuda_follows_float32(fit, tmp_path):
-    for precision in ("fp32", "bf16"):
-        assert fit(tmp_path / precision, steps=3, device="cuda", precision=precision) == 0
-    for (a,), (b,) in zip(log(tmp_path / "fp32", "loss"), log(tmp_path / "bf16", "loss"), strict=True):
-        assert b == pytest.approx(a, rel=0.1)
+def test_bf16_and_compile_on_cuda_follow_float32(fit, tmp_path, monkeypatch, model_folder):
+    compare_precisions(fit, tmp_path, monkeypatch, model_folder, device="cuda", compile=True)
