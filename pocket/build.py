@@ -299,7 +299,7 @@ def stage_clip(name, args):
         chosen = torch.randperm(len(images), generator=generator)[:BATCH[name]]
         pictures = warp(images[chosen], generator).to(args.device)
         ids = model.tokenize(vary([captions[i] for i in chosen], random.Random(step))).to(args.device)
-        if name == "reward":  # noise and blur, so that the score of a picture does not hang on its last bit
+        if name == "reward":  # noise, so that the score of a picture does not hang on its last bit
             noise = 0.1 * torch.rand(len(pictures), 1, 1, 1, generator=generator) * torch.randn(pictures.shape, generator=generator)
             pictures = pictures + noise.to(args.device)
         return loss_on(pictures, ids)
@@ -408,6 +408,8 @@ def stage_teacher(args):
                         noise.to(args.device), t.to(args.device))
 
     fit("teacher", args, {"unet": (unet, 1.0), "text": (model, 0.3)}, denoise_of_step, 6e-4 if args.go_on else 1e-3, ema=0.999)
+    for name in ("plain", "student"):  # distilled from an earlier one
+        shutil.rmtree(args.work / name, ignore_errors=True)
     unet.save_pretrained(POCKET / "unet", dtype=torch.float16)
     text_encoder.save_pretrained(POCKET, dtype=torch.float16)
     (POCKET / "scheduler").mkdir(exist_ok=True)

@@ -1,0 +1,236 @@
+"""What too much reward does to pictures, and what the latent proxy reward model (LRM) changes, on the pocket.
+
+    python pocket/experiment.py                                       # then the table and the grid
+    python pocket/experiment.py --expert jpeg --out runs/experiment-jpeg   # an expert without gradient, so through the LRM alone
+
+For each seed: an LRM is pre-trained; students are distilled without reward, with direct reward and through the LRM at three reward
+scales, and through an LRM that is never fitted to the expert. Runs of one seed see the same pictures and noise for the same
+number of steps. Resumable: the same command goes on where it stopped. The measures, on 2-step pictures of the held-out prompts with
+the same noise for every student:
+
+    expert           what training maximises
+    judge            what no training has seen
+    distance         Frechet distance of the judge's features from those of the real held-out pictures
+    high frequency   energy above half the Nyquist frequency relative to the same prompt's real picture after the VAE's round trip, median
+    roughness        how far neighbouring pixels differ, median over what is flat white in the real picture, in units of 1/255
+    follows          the share of pairs that the LRM ranked as the expert did, in the last tenth of the training
+"""
+import dataclasses
+import hashlib
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+POCKET = Path(__file__).resolve().parent
+sys.path.insert(0, str(POCKET.parent))
+from cli import make_folder, option, parse, pick_device, pick_precision, require, run
+from data import Shards
+from evaluate import Scorer, draw_all
+from reward import load_reward
+from sample import Model, grid, save_png
+from unet import UNet
+from weights import WEIGHTS, read_json, write_whole
+
+
+@dataclass
+class Config:
+    expert: str = option("pocket", "reward model (reward.py)")
+    scale: float = option(0.2, "reward scale 1x; 4x and 16x are the others")
+    seeds: int = option(3, "runs of each setting")
+    steps: int = option(300, "optimizer steps of a run")
+    batch_size: int = option(16, "pictures a step, all rewarded")
+    rm_steps: int = option(500, "steps of the LRM's pre-training")
+    rm_lr: float = option(1e-4, "learning rate of the LRM while it follows the expert")
+    rm_tau: float = option(0.05, "temperature of the expert's scores")
+    guidance: float = option(3.0, "w of the pictures")
+    limit: int = option(256, "number of prompts")
+    n: int = option(2, "pictures per prompt")
+    device: str = option("auto", "auto, cpu or cuda")
+    precision: str = option("auto", "arithmetic of the networks", choices=("auto", "bf16", "fp32"))
+    out: str = option("runs/experiment", "folder for the runs, results.json and grid.png")
+
+
+# ---------------------------------------------------------------- measures
+
+def frechet_distance(a, b):
+    """Features [N,D] and [M,D] -> |mean difference|^2 + tr(A + B - 2 (AB)^(1/2)) of their Gaussians (arXiv 1706.08500)."""
+    a, b = a.double(), b.double()
+    A, B = a.T.cov(), b.T.cov()
+    # the eigenvalues of AB are those of the symmetric A^(1/2) B A^(1/2)
+    values, vectors = torch.linalg.eigh(A)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ B @ root).clamp(min=0).sqrt().sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * cross).item()
+
+
+def high_frequency(images):
+    """Images [N,3,H,W] -> mean energy per pixel above half the Nyquist frequency (in either direction), [N]."""
+    h, w = images.shape[-2:]
+    high = (torch.fft.fftfreq(h).abs()[:, None] > 0.25) | (torch.fft.fftfreq(w).abs()[None] > 0.25)
+    return (torch.fft.fft2(images, norm="ortho").abs().square() * high).mean(dim=(1, 2, 3))
+
+
+def roughness(images, real):
+    """Images [n*N,3,H,W] and the N real ones -> median difference of neighbouring pixels (in both directions) where the real one is
+    white for two pixels around, in units of 1/255. The median, because an object may stand elsewhere than in the real picture."""
+    white = (-F.max_pool2d(-real.amin(dim=1, keepdim=True), 5, 1, 2) > 0.99)[:, 0, 1:, 1:].repeat(len(images) // len(real), 1, 1)
+    across, down = images.diff(dim=3).abs().mean(dim=1)[:, 1:], images.diff(dim=2).abs().mean(dim=1)[:, :, 1:]
+    return 255 * torch.stack([across[white], down[white]]).mean(dim=0).median().item()
+
+
+class Measures:
+    """Measures pictures for the held-out prompts against the real ones."""
+
+    def __init__(self, args, expert, device, dtype):
+        shards = Shards(str(POCKET / "data/heldout-*.tar"), 64)
+        real, prompts = zip(*(shards[i] for i in range(min(args.limit, len(shards)))))
+        self.args, self.expert, self.prompts, self.real = args, expert, list(prompts), torch.stack(real) / 2 + 0.5
+        self.model, self.score = Model.from_pretrained(str(POCKET), device, dtype), Scorer(self.prompts, device)
+        self.features, self.round_trip = self.judge(self.real), self.through_vae(self.real)
+
+    @torch.no_grad()
+    def judge(self, images):
+        return torch.cat([self.score.models["judge"].image_features(part.to(self.model.device)) for part in images.split(64)]).cpu()
+
+    @torch.no_grad()
+    def through_vae(self, images):
+        vae, parts = self.model.vae, (2 * images - 1).to(self.model.device).split(64)
+        decoded = torch.cat([vae.decode(vae.posterior(part)[0] * vae.config.scaling_factor).float().cpu() for part in parts])
+        return (decoded / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def __call__(self, images):
+        """n rounds of one picture per prompt, [n*N,3,H,W] in [0,1] -> {measure: number}"""
+        n = len(images) // len(self.real)
+        scores = [self.expert(part.to(self.model.device), self.prompts) for part in images.chunk(n)]
+        return {"expert": torch.stack(scores).mean().item(), "judge": self.score("", images)["judge"],
+                "distance": frechet_distance(self.judge(images), self.features),
+                "high frequency": (high_frequency(images) / high_frequency(self.round_trip).repeat(n)).median().item(),
+                "roughness": roughness(images, self.real)}
+
+    def draw(self, folder, steps, solver, n):
+        unet = UNet.from_pretrained(folder, dtype=self.model.dtype, device=self.model.device)
+        return draw_all(self.model, unet, self.prompts, steps, self.args.guidance, solver, 64, n)[0]
+
+    def references(self):
+        """{name: images}, among them what the noise measures are to catch and what they are not to reward."""
+        noise = 0.02 * torch.randn(self.real.shape, generator=torch.Generator().manual_seed(0))
+        blurred = F.avg_pool2d(F.pad(self.round_trip, (1, 1, 1, 1), "replicate"), 3, 1)
+        return {"real pictures": self.real, "real, through the VAE": self.round_trip, "the same, with noise of 5/255": (self.round_trip + noise).clamp(0, 1),
+                "the same, blurred": blurred, "teacher, 50-step DDIM": self.draw(POCKET, 50, "ddim", 1)}
+
+
+# ---------------------------------------------------------------- runs
+
+def python(script, *options):
+    command = [sys.executable, str(POCKET.parent / script), *map(str, options)]
+    require(subprocess.run(command).returncode == 0, f"{' '.join(command[1:])} failed, for the reason above")
+
+
+def settings(args, differentiable):
+    """{name: options of train.py}"""
+    proxy = ["--latent-rm", "LRM", "--rm-lr", args.rm_lr, "--rm-tau", args.rm_tau, "--rm-batch", args.batch_size]
+    runs = {"plain": ["--reward", "none"]}
+    for path, options in {"direct": [], "LRM": proxy}.items():
+        if path == "LRM" or differentiable:
+            runs |= {f"{path} {times}x": ["--reward", args.expert, "--reward-scale", args.scale * times, *options] for times in (1, 4, 16)}
+    return runs | {"LRM 16x, never fitted": [*runs["LRM 16x"], "--rm-image-layers", 0, "--rm-text-layers", 0]}
+
+
+def follows(folder):
+    """The LRM's agreement with the expert in the last tenth of a run's log, if it has an LRM."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    last = [line["rm_accuracy"] for line in lines[-max(1, len(lines) // 10):] if "rm_accuracy" in line]
+    return {"follows": sum(last) / len(last)} if last else {}
+
+
+def fingerprint():
+    """Of the pocket's networks, so that runs from one edition are not taken for those from another."""
+    digest = hashlib.sha256()
+    for file in sorted([*POCKET.glob(f"*/{WEIGHTS}"), *POCKET.glob("*/model.safetensors")]):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- report
+
+def at_equal_reward(results, name, key):
+    """For each seed of the LRM setting `name`: its measure `key` minus that of direct reward at the same expert's score, read off the
+    line through that seed's direct runs, from plain to the scale with the best score (beyond it, more scale only harms). -> list,
+    without the seeds whose score the direct runs do not reach"""
+    differences = []
+    for seed, row in enumerate(results[name]):
+        curve = [rows[seed] for other, rows in results.items() if other == "plain" or other.startswith("direct")]  # by scale
+        best = max(range(len(curve)), key=lambda i: curve[i]["expert"])
+        for low, high in zip(curve[:best], curve[1:best + 1]):
+            if low["expert"] <= row["expert"] <= high["expert"]:
+                share = (row["expert"] - low["expert"]) / (high["expert"] - low["expert"])
+                differences.append(row[key] - low[key] - share * (high[key] - low[key]))
+                break
+    return differences
+
+
+def cell(values):
+    values = torch.tensor(values, dtype=torch.float64)
+    return "" if not len(values) else f"{values.mean():.3f}" + (f" ± {values.std():.3f}" if len(values) > 1 else "")
+
+
+def report(references, results):
+    """{name: one dict of measures a seed}, twice -> the table, mean ± standard deviation over seeds."""
+    keys = ["expert", "judge", "distance", "high frequency", "roughness", "follows"]
+    lines = ["| | " + " | ".join(keys) + " |", "| --- " * (len(keys) + 1) + "|"]
+    for name, rows in (references | results).items():
+        lines.append(f"| {name} | " + " | ".join(cell([row[key] for row in rows if key in row]) for key in keys) + " |")
+    if any(name.startswith("direct") for name in results):
+        lines += ["", "At the same expert's score, LRM minus direct (mean ± standard deviation over seeds):", ""]
+        for name in (name for name in results if name.startswith("LRM")):
+            found = {key: at_equal_reward(results, name, key) for key in keys[1:5]}
+            seeds = len(found["judge"])
+            lines.append(f"- {name}: " + (", ".join(f"{key} {cell(v)}" for key, v in found.items()) + f" ({seeds} seeds)" if seeds else
+                                          "no pair of direct runs has its score between them"))
+    return "\n".join(lines)
+
+
+def main():
+    args = parse(Config(), __doc__)
+    require(min(args.seeds, args.steps, args.rm_steps, args.n) >= 1 and min(args.limit, args.batch_size) >= 2,
+            f"--seeds {args.seeds} --steps {args.steps} --rm-steps {args.rm_steps} --n {args.n}: expected 1 or more; --limit {args.limit} "
+            f"--batch-size {args.batch_size}: 2 or more")
+    device = pick_device(args.device)
+    expert = load_reward(args.expert, device)
+    runs, common = settings(args, expert.differentiable), ["--device", args.device, "--precision", args.precision]
+    out = make_folder(args.out)
+    record, made_with = out / "config.json", dataclasses.asdict(dataclasses.replace(args, out="")) | {"pocket": fingerprint()}
+    before = read_json(record) if record.is_file() else made_with
+    changed = [key for key in made_with if key not in ("seeds", "device") and before.get(key) != made_with[key]]
+    require(not changed, f"--out {args.out}: holds runs with another {', '.join(changed)}; give another folder")
+    write_whole(record, json.dumps(made_with, indent=2) + "\n")
+
+    measures = Measures(args, expert, device, pick_precision(args.precision, device))
+    results, rows = {name: [] for name in runs}, [measures.round_trip[:12]]
+    for seed in range(args.seeds):
+        latent_rm = out / f"latent_rm-seed{seed}"
+        if not (latent_rm / "latent_rm").is_dir():
+            python("latent_rm.py", "--out", latent_rm, "--steps", args.rm_steps, "--seed", seed, *common)
+        for name, options in runs.items():
+            folder = out / f"{name.replace(',', '').replace(' ', '-')}-seed{seed}"
+            if not (folder / "unet_target").is_dir():
+                python("train.py", "--out", folder, "--steps", args.steps, "--batch-size", args.batch_size, "--reward-batch", args.batch_size,
+                       "--seed", seed, "--no-evaluate", *common, *(latent_rm if word == "LRM" else word for word in options))
+            images = measures.draw(folder / "unet_target", 2, "lcm", args.n)
+            results[name].append(measures(images) | follows(folder))
+            rows += [images[:12]] if seed == 0 else []
+    references = {name: [measures(images)] for name, images in measures.references().items()}
+    print(report(references, results))
+    write_whole(out / "results.json", json.dumps({"references": references, "results": results}, indent=1))
+    save_png(grid(torch.cat(rows), len(rows[0])), out / "grid.png", rows=", ".join(["real, through the VAE", *runs]))
+    print(f"\n{out / 'grid.png'}: rows are real pictures through the VAE, {', '.join(runs)}\n{out / 'results.json'}")
+
+
+if __name__ == "__main__":
+    run(main)

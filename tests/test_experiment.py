@@ -1,0 +1,96 @@
+import sys
+
+import pytest
+import torch
+
+from conftest import ROOT, call, rand
+
+sys.path.insert(0, str(ROOT / "pocket"))
+import experiment
+
+
+def test_frechet_distance_of_gaussians_is_the_closed_form():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(50, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    white = lambda x: (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T  # mean 0, covariance 1
+    shift, first, second = torch.arange(6.0), torch.linspace(1, 2, 6), torch.linspace(3, 0.5, 6)
+    expected = (shift.square() + (first - second).square()).sum().item()
+    assert experiment.frechet_distance(white(a) * first, white(b) * second + shift) == pytest.approx(expected, rel=1e-6)
+    turn = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64))[0]
+    assert experiment.frechet_distance(white(a) * first @ turn, (white(b) * second + shift) @ turn) == pytest.approx(expected, rel=1e-6)
+    assert experiment.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+
+
+def test_frechet_distance_holds_where_the_covariances_do_not_commute():
+    a, b = rand(40, 8, seed=1).double(), rand(60, 8, seed=2).double() @ rand(8, 8, seed=3).double() + 1
+    A, B = a.T.cov(), b.T.cov()
+    root = torch.linalg.eigvals(A @ B).real.sqrt().sum()  # of the product itself, which is not symmetric
+    expected = (a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * root
+    assert experiment.frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-8)
+
+
+def test_high_frequency_is_the_energy_above_half_the_nyquist_frequency():
+    wave = lambda cycles: torch.cos(2 * torch.pi * cycles * torch.arange(64.0) / 64).expand(1, 3, 64, 64)
+    for images in (wave(24), wave(24).transpose(2, 3), wave(24) + wave(8) + 1):
+        assert experiment.high_frequency(images).item() == pytest.approx(0.5, rel=1e-4)
+    assert experiment.high_frequency(wave(8)).item() < 1e-6
+
+
+def test_noise_raises_both_noise_measures_and_blur_lowers_high_frequency():
+    measures_of = lambda x: (experiment.high_frequency(x).mean().item(), experiment.roughness(x, real))
+    real = torch.ones(4, 3, 64, 64)
+    real[:, :, 20:44, 20:44] = rand(4, 3, 24, 24).sigmoid()
+    clean, noisy = measures_of(real), measures_of(real + 0.02 * rand(4, 3, 64, 64, seed=2))
+    assert noisy[0] > clean[0] and noisy[1] > clean[1] + 2
+    assert measures_of(torch.nn.functional.avg_pool2d(real, 3, 1, 1))[0] < clean[0]
+
+
+def test_roughness_looks_only_where_the_real_picture_is_flat_white():
+    real = torch.ones(2, 3, 64, 64)
+    real[:, :, :, 32:] = 0.5
+    drawn = real.clone()
+    drawn[:, :, :, 36:] = rand(2, 3, 64, 28)  # noise in the object alone
+    assert experiment.roughness(drawn, real) == 0
+    for stripes in (drawn[:, :, :, 0:28:2], drawn[:, :, 0::2, :28]):  # in the background
+        stripes -= 10 / 255
+        assert experiment.roughness(torch.cat([drawn, drawn]), real) == pytest.approx(5, abs=1e-3)  # in one of two directions
+        stripes += 10 / 255
+
+
+def test_roughness_leaves_out_white_that_is_near_an_edge():
+    real = torch.ones(1, 3, 64, 64)
+    real[:, :, :50, ::4] = 0.5  # white lines three pixels wide above, flat white below
+    drawn = real.clone()
+    drawn[:, :, :46] = rand(1, 3, 46, 64)
+    assert experiment.roughness(drawn, real) == 0
+
+
+def test_lrm_is_compared_with_direct_reward_at_equal_reward():
+    row = lambda expert, judge: [{"expert": expert, "judge": judge}]
+    results = {"plain": row(0.4, 0.5), "direct 1x": row(0.5, 0.6), "direct 4x": row(0.7, 0.4), "direct 16x": row(0.45, 0.1),  # 16x: ruined
+               "LRM 1x": row(0.6, 0.7), "LRM 4x": row(0.8, 0.7), "LRM 16x": row(0.45, 0.5)}
+    assert experiment.at_equal_reward(results, "LRM 1x", "judge") == pytest.approx([0.2])  # direct at 0.6: 0.5
+    assert experiment.at_equal_reward(results, "LRM 4x", "judge") == []  # direct never reached it
+    assert experiment.at_equal_reward(results, "LRM 16x", "judge") == pytest.approx([-0.05])  # 0.55, between plain and 1x
+    assert "- LRM 1x: judge 0.200" in experiment.report({}, {name: [r | dict.fromkeys(("distance", "high frequency", "roughness"), 0.0) for r in rows]
+                                                             for name, rows in results.items()})
+
+
+def test_black_box_expert_has_no_direct_runs():
+    names = lambda differentiable: list(experiment.settings(experiment.Config(), differentiable))
+    proxied = ["LRM 1x", "LRM 4x", "LRM 16x", "LRM 16x, never fitted"]
+    assert names(True) == ["plain", "direct 1x", "direct 4x", "direct 16x", *proxied]
+    assert names(False) == ["plain", *proxied]
+
+
+@pytest.mark.slow
+def test_experiment_runs_reports_and_resumes(tmp_path, capsys):
+    options = ["--expert", "jpeg", "--seeds", 1, "--steps", 2, "--batch-size", 2, "--rm-steps", 2, "--limit", 12, "--n", 1, "--device", "cpu", "--out", tmp_path]
+    assert call(experiment.main, *options) == 0
+    first = capsys.readouterr().out
+    assert "| LRM 16x, never fitted |" in first and "| real pictures |" in first and (tmp_path / "grid.png").is_file()
+    times = {p: p.stat().st_mtime for p in tmp_path.rglob("*.safetensors")}
+    assert call(experiment.main, *options) == 0
+    assert capsys.readouterr().out == first and times == {p: p.stat().st_mtime for p in tmp_path.rglob("*.safetensors")}
+    assert call(experiment.main, *options, "--steps", 3) == 2
+    assert "another steps" in capsys.readouterr().err
