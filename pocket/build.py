@@ -119,7 +119,8 @@ def stage_tokenizer(args):
 
 def fit(name, args, modules, loss_of_step, lr, ema=None, weight_decay=0.01, warmup=200):
     """AdamW with warm-up and cosine decay over STEPS[name]. `modules` is a dict name -> (module, lr factor). State goes to
-    args.work/{name}.pt every two minutes, so that the same command resumes. Ends with the EMA weights in the modules."""
+    args.work/{name}.pt every two minutes, so that the same command resumes. Ends with the EMA weights in the modules.
+    -> the number of steps done now"""
     steps = max(1, round(STEPS[name] * args.scale))
     file = args.work / f"{name}.pt"
     groups = [{"params": list(m.parameters()), "factor": factor} for m, factor in modules.values()]
@@ -170,6 +171,7 @@ def fit(name, args, modules, loss_of_step, lr, ema=None, weight_decay=0.01, warm
     if ema:
         with torch.no_grad():
             torch._foreach_copy_(parameters, average)
+    return steps - first
 
 
 def augment(images, generator, shift=6, flip=False):
@@ -407,9 +409,9 @@ def stage_teacher(args):
         return compiled(text_encoder.tokenize(prompts).to(args.device), latents[chosen.to(args.device)],
                         noise.to(args.device), t.to(args.device))
 
-    fit("teacher", args, {"unet": (unet, 1.0), "text": (model, 0.3)}, denoise_of_step, 6e-4 if args.go_on else 1e-3, ema=0.999)
-    for name in ("plain", "student"):  # distilled from an earlier one
-        shutil.rmtree(args.work / name, ignore_errors=True)
+    if fit("teacher", args, {"unet": (unet, 1.0), "text": (model, 0.3)}, denoise_of_step, 6e-4 if args.go_on else 1e-3, ema=0.999):
+        for name in ("plain", "student"):  # distilled from an earlier one
+            shutil.rmtree(args.work / name, ignore_errors=True)
     unet.save_pretrained(POCKET / "unet", dtype=torch.float16)
     text_encoder.save_pretrained(POCKET, dtype=torch.float16)
     (POCKET / "scheduler").mkdir(exist_ok=True)
