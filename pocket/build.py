@@ -49,8 +49,8 @@ from vae import VAE, VAEConfig
 SIZE = 64
 HELD_OUT = 256  # of 3,373: as many as the retrieval among 256 prompts needs
 VOCABULARY = 4096
-STEPS = {"vae": 4500, "judge": 2000, "reward": 900, "text": 500, "teacher": 6000, "plain": 600, "student": 2400}  # times --scale
-BATCH = {"vae": 16, "judge": 128, "reward": 96, "text": 128, "teacher": 32}
+STEPS = {"vae": 13000, "judge": 2000, "reward": 900, "text": 500, "teacher": 8000, "plain": 600, "student": 2400}  # times --scale
+BATCH = {"vae": 8, "judge": 128, "reward": 96, "text": 128, "teacher": 32}
 
 
 # ---------------------------------------------------------------- data
@@ -224,18 +224,24 @@ def draw(count, batch, generator):
 
 def stage_vae(args):
     torch.manual_seed(0)
-    vae = VAE(VAEConfig(block_out_channels=(16, 32, 96), norm_num_groups=16, sample_size=SIZE))
+    # With as many groups as channels the norms would take each channel's mean from a picture, and the decoder gets it back by one
+    # bright speck a picture.
+    vae = VAE(VAEConfig(block_out_channels=(16, 32, 96), norm_num_groups=4, sample_size=SIZE))
     vae.to(args.device, memory_format=torch.channels_last)
     images = read_split("train")[0]
+    before = VAE.from_pretrained(POCKET, device=args.device).requires_grad_(False) if args.go_on else None
+    if before:
+        vae.load_state_dict({k: v for k, v in before.state_dict().items() if not k.startswith(("decoder", "post_quant"))}, strict=False)
 
     def loss_on(pictures, noise):
         with autocast(args.device, args.precision):
             mean, std = vae.posterior(pictures)
             out = vae.decode((mean + std * noise) * vae.config.scaling_factor).float()
+        apart = vae.config.scaling_factor ** 2 * (mean - before.posterior(pictures)[0]).square().mean() if before else 0.0
         kl = 0.5 * (mean.float() ** 2 + std.float() ** 2 - 1 - 2 * std.float().log()).mean()
         # L1 at full and at half resolution: the coarse term keeps colours from greying while edges are still wrong
         coarse = (F.avg_pool2d(out, 2) - F.avg_pool2d(pictures, 2)).abs().mean()
-        return (out - pictures).abs().mean() + coarse + 1e-5 * kl
+        return (out - pictures).abs().mean() + coarse + 1e-5 * kl + apart
 
     compiled = torch.compile(loss_on)
 
@@ -244,7 +250,8 @@ def stage_vae(args):
         noise = torch.randn(BATCH["vae"], 4, SIZE // 4, SIZE // 4, generator=generator)
         return compiled(pictures.to(args.device, memory_format=torch.channels_last), noise.to(args.device))
 
-    fit("vae", args, {"vae": (vae, 1.0)}, loss_of_step, 2e-3, ema=0.999)
+    encoder, decoder = torch.nn.ModuleList([vae.encoder, vae.quant_conv]), torch.nn.ModuleList([vae.decoder, vae.post_quant_conv])
+    fit("vae", args, {"encoder": (encoder, 0.3 if before else 1.0), "decoder": (decoder, 1.0)}, loss_of_step, 2e-3, ema=0.999)
     vae.eval()
     whiten(vae, images, args)
     held_out = read_split("heldout")[0].to(args.device).float() / 127.5 - 1
@@ -452,7 +459,8 @@ def main():
     parser.add_argument("--packages", type=Path, default=Path("."), help="folder with the two .tgz of npm pack")
     parser.add_argument("--work", type=Path, default=POCKET / "state", help="folder for the state of unfinished stages")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--go-on", action="store_true", help="teacher: start from the weights in pocket/, not from noise")
+    parser.add_argument("--go-on", action="store_true", help="teacher: start from the weights in pocket/, not from noise; vae: likewise, with "
+                        "a new decoder, and the latents stay near what they were, so that the teacher can go on too")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every stage's number of steps (0.01: a rehearsal)")
     args = parser.parse_args()
     args.precision = pick_precision("auto", args.device)
