@@ -18,7 +18,8 @@ def parse(defaults, doc, argv=None):
     """A dataclass instance -> the same with the command line's values. Each field's help stands in its metadata; `choices`
     there too; bools become --name/--no-name; "list" in the metadata makes an option repeatable."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    for field in dataclasses.fields(defaults):
+    own = type(defaults).__annotations__  # shown before those of a base class
+    for field in sorted(dataclasses.fields(defaults), key=lambda field: field.name not in own):
         name, value, meta = "--" + field.name.replace("_", "-"), getattr(defaults, field.name), field.metadata
         kind = field.type if isinstance(field.type, type) else next(t for t in typing.get_args(field.type) if t is not types.NoneType)
         text = f"{meta['help']} (default: {value})"

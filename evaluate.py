@@ -100,14 +100,12 @@ def compare(args, device, dtype):
     shards = Shards(args.data, student.config.sample_size * model.vae.factor)
     require(not shards.encoded, f"{args.data}: the comparison needs pictures, not latents")
     real, prompts = zip(*(shards[i] for i in range(min(args.limit, len(shards)))))
-    real, prompts = torch.stack(real), list(prompts)
+    real, prompts = torch.stack(real) / 2 + 0.5, list(prompts)
     score = Scorer(prompts, device)
-    rows, pictures = [], [real / 2 + 0.5]
+    rows, pictures = [], [real]
 
     if args.real:
-        round_trip = torch.cat([model.vae.decode(model.vae.posterior(part.to(device))[0] * model.vae.config.scaling_factor).float().cpu()
-                                for part in real.split(args.batch)])
-        rows += [score("real pictures", real / 2 + 0.5), score("real, through the VAE", (round_trip / 2 + 0.5).clamp(0, 1))]
+        rows += [score("real pictures", real), score("real, through the VAE", model.round_trip(real))]
     if args.teacher_steps:
         teacher = model.check(UNet.from_pretrained(args.model, dtype=dtype, device=device), args.model, student=False)
         images, seconds = draw_all(model, teacher, prompts, args.teacher_steps, args.guidance, "ddim", args.batch)

@@ -28,8 +28,9 @@ from tqdm import tqdm
 
 import single_file
 from cli import autocast, fast_attention, option, parse, pick_precision, require, run
-from data import POCKET, Shards, batches, positions
+from data import POCKET, Shards, batches, positions, random_draws
 from reward_weights import open_clip_weights
+from runs import RunConfig, average_over_processes, open_run, rate_factor, save_checkpoint, setup_processes, truncate_log
 from vae import VAE
 from weights import InputError, find_component, load_component, load_strictly, load_tokenizer, save_component
 
@@ -179,7 +180,7 @@ SIZES = {"sd21": {}, "pocket": dict(patch_size=2, width=192, layers=4, heads=6, 
 
 
 @dataclass
-class Config:
+class Config(RunConfig):
     size: str = option("pocket", "of the towers (SIZES in this file)", choices=tuple(SIZES))
     text_tower: str | None = option(None, "file of a CLIP whose text tower to begin with, such as HPS_v2.1_compressed.pt for sd21")
     train_text: bool = option(True, "train the text tower too")
@@ -191,19 +192,11 @@ class Config:
     batch_size: int = option(64, "pairs per process; the loss compares those of all processes")
     steps: int = option(500, "optimizer steps")
     lr: float = option(1e-3, "peak learning rate (published: 5e-4)")
-    lr_schedule: str = option("cosine", "after the warm-up", choices=("constant", "cosine"))
     warmup: int = option(50, "steps of warm-up")
     weight_decay: float = option(0.1, "of AdamW, on matrices")
-    seed: int = option(0, "seed of everything random")
-    precision: str = option("auto", "arithmetic of the networks; weights stay float32", choices=("auto", "bf16", "fp32"))
-    compile: bool = option(torch.cuda.is_available(), "torch.compile the networks")
     grad_checkpoint: bool = option(False, "recompute the text tower's activations in the backward pass: less memory, more time")
-    checkpoint_every: int = option(200, "steps between checkpoints")
     log_every: int = option(20, "steps between lines of log.jsonl")
     heldout_every: int = option(100, "steps between retrievals on the held-out pairs")
-    keep: int = option(2, "checkpoints kept")
-    workers: int = option(0, "data loading processes")
-    device: str = option("auto", "auto, cpu or cuda")
 
 
 class Gather(torch.autograd.Function):
@@ -264,7 +257,6 @@ def build(args, shape):
 
 
 def main():
-    from train import average_over_processes, open_run, random_draws, rate_factor, save_checkpoint, setup_processes, truncate_log
     args = parse(Config(), __doc__)
     check(args)
     rank, world, device = setup_processes(args)

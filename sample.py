@@ -93,6 +93,15 @@ class Model:
             images = self.vae.decode(latents)
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
+    @torch.no_grad()
+    def round_trip(self, images):
+        """Images [N,3,H,W] in [0,1] -> the same through the VAE, float32 on the CPU."""
+        decoded = []
+        for part in (2 * images - 1).split(64):
+            latents = self.vae.posterior(part.to(self.device))[0] * self.vae.config.scaling_factor
+            decoded.append((self.vae.decode(latents).float().cpu() / 2 + 0.5).clamp(0, 1))
+        return torch.cat(decoded)
+
 
 def to_pil(image):
     """[3,H,W] in [0,1] -> PIL image."""

@@ -12,11 +12,7 @@
 To resume, run the same command. All randomness is a function of the seed and of the sample's place in the stream of samples,
 so a resumed run draws the same, and so does a run on another number of processes with as many pictures a step.
 """
-import dataclasses
 import json
-import math
-import os
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +23,14 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import evaluate
-from cli import autocast, fast_attention, make_folder, option, parse, pick_device, pick_precision, require, run
-from data import Shards, batches, mix, positions
+from cli import autocast, fast_attention, make_folder, option, parse, pick_precision, require, run
+from data import Shards, batches, positions, random_draws
 from latent_rm import LatentRM, frozen, preference_accuracy, preference_loss
 from lcm_solver import DDIMSolver, consistency_function, huber
 from reward import load_reward
+from runs import RunConfig, average_over_processes, open_run, rate_factor, save_checkpoint, setup_processes, truncate_log
 from sample import POCKET, Model, grid, save_png
 from unet import UNet
-from weights import read_json, whole_folder, write_whole
 
 try:  # the extra `tensorboard`: curves beside log.jsonl
     from torch.utils.tensorboard import SummaryWriter
@@ -45,7 +41,7 @@ W_DIM = 256  # width of the guidance embedding
 
 
 @dataclass
-class Config:
+class Config(RunConfig):
     teacher: str = option(str(POCKET), "model folder of the teacher")
     data: str = option(str(POCKET / "data" / "train-*.tar"), "shards: a tar, a folder, or a glob")
     out: str = option("runs/pocket", "run folder; a run found there is resumed")
@@ -54,9 +50,7 @@ class Config:
     grad_accum: int = option(1, "passes per optimizer step")
     steps: int = option(600, "optimizer steps")
     lr: float = option(3e-4, "learning rate (published SD2.1 recipe: 1e-6, constant)")
-    lr_schedule: str = option("cosine", "after the warm-up", choices=("constant", "cosine"))
     warmup: int = option(20, "steps of warm-up")
-    seed: int = option(0, "seed of everything random")
     reward: str = option("pocket", "reward model or weighted sum of them (reward.py), or none for plain LCD")
     reward_scale: float = option(0.2, "beta: weight of the reward in the loss")
     reward_batch: int = option(16, "rows of a pass that are rewarded (and decoded, without --latent-rm)")
@@ -73,33 +67,13 @@ class Config:
     w_min: float = option(1.0, "smallest guidance weight (published: 5)")
     w_max: float = option(5.0, "largest guidance weight (published: 15)")
     ema: float = option(0.95, "decay of the target network")
-    precision: str = option("auto", "arithmetic of the networks; weights stay float32", choices=("auto", "bf16", "fp32"))
-    compile: bool = option(torch.cuda.is_available(), "torch.compile the networks")
     grad_checkpoint: bool = option(False, "recompute activations in the backward pass: less memory, 1.3x time")
-    checkpoint_every: int = option(200, "steps between checkpoints")
     log_every: int = option(10, "steps between lines of log.jsonl")
     sample_every: int = option(200, "steps between sample grids")
-    keep: int = option(2, "checkpoints kept")
     evaluate: bool = option(True, "end a run on the pocket with the comparison table")
-    workers: int = option(0, "data loading processes")
-    device: str = option("auto", "auto, cpu or cuda")
-
-
-MAY_CHANGE = {"out", "checkpoint_every", "log_every", "sample_every", "keep", "workers", "device", "compile", "evaluate", "heldout_every"}
 
 
 # ------------------------------------------------------------------------------------------- the algorithm
-
-def random_draws(seed, places, shape, grid_points, device):
-    """Everything random about the samples at `places` of the stream: posterior noise, diffusion noise [B,*shape], grid index
-    i [B] and u in [0,1) [B] for w. One generator per sample, so nothing depends on batch, rank or number of processes."""
-    rows = []
-    for place in places:
-        g = torch.Generator().manual_seed(mix(mix(seed, 1), place))
-        rows.append((torch.randn(shape, generator=g), torch.randn(shape, generator=g),
-                     torch.randint(grid_points, (), generator=g), torch.rand((), generator=g)))
-    return [torch.stack(column).to(device, non_blocking=True) for column in zip(*rows)]
-
 
 def distillation_loss(model, teacher, student, target, reward, solver, batch, args, latent_rm=None):
     """RG-LCD, algorithm 1, for one pass. batch: (images [B,3,H,W] or posteriors [B,2,4,h,w], captions, draws).
@@ -160,90 +134,6 @@ def latent_reward(model, latent_rm, reward, prediction, goal, z, captions, args)
     stats = {"rm_score": score.detach(), "rm_loss": rm_loss.detach(), "rm_accuracy": preference_accuracy(expert, lrm.detach()),
              "reward": expert[:, 0].mean()} | {f"expert/{name}": expert[:, i].mean() for i, name in enumerate(candidates)}
     return score, rm_loss, stats
-
-
-def rate_factor(step, args):
-    """The factor on the learning rate: a linear warm-up, then constant or a cosine down to 5%."""
-    decay = 1.0 if args.lr_schedule == "constant" else 0.05 + 0.95 * (1 + math.cos(math.pi * step / args.steps)) / 2
-    return min(1, (step + 1) / args.warmup) * decay
-
-
-# ------------------------------------------------------------------------------------------- one process of many
-
-def setup_processes(args):
-    """-> rank, world, device. torchrun is optional."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
-        return rank, world, pick_device(args.device)
-    if args.device == "cpu" or not torch.cuda.is_available():
-        device = pick_device(args.device)
-        dist.init_process_group("gloo")
-        return rank, world, device
-    local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    require(args.device in ("auto", "cuda"), f"--device {args.device}: with several processes each takes its own GPU; expected auto, cuda or cpu")
-    require(local < count, f"process {local} of this machine has no GPU: there are {count}; lower --nproc_per_node")
-    torch.cuda.set_device(local)
-    dist.init_process_group("nccl")
-    return rank, world, torch.device("cuda", local)
-
-
-def average_over_processes(tensors, world):
-    if world > 1:
-        for work in [dist.all_reduce(t, async_op=True) for t in tensors]:
-            work.wait()
-        torch._foreach_div_(tensors, world)
-
-
-# ------------------------------------------------------------------------------------------- the run folder
-
-def open_run(args, rank, world):
-    """Make the run folder, or check that the run found there was started with the same options. -> newest checkpoint or None"""
-    out, settings = Path(args.out), dataclasses.asdict(args) | {"processes": world}
-    if rank == 0:
-        make_folder(out / "checkpoints")
-    file = out / "config.json"
-    if checkpoints(out) and file.is_file():
-        before = read_json(file)
-        may_change = MAY_CHANGE | ({"steps"} if args.lr_schedule == "constant" else set())  # cosine: steps shape every rate
-        require(before.get("processes") == world, f"{out} holds a run on {before.get('processes')} processes, now there are {world}; "
-                                                  f"resume it on as many, or give another --out")
-        changed = [k for k in settings if k not in may_change and before.get(k) != settings[k]]
-        require(not changed, f"{out} holds a run with other options: " + ", ".join(f"--{k.replace('_', '-')} {before.get(k)} (now {settings[k]})"
-                             for k in changed[:4]) + "; give the same options to resume it, or another --out")
-    newest = checkpoints(out)[-1] if checkpoints(out) else None
-    if world > 1:
-        seen = [None] * world
-        dist.all_gather_object(seen, newest and newest.name)
-        require(len(set(seen)) == 1, f"--out {out}: the processes see different checkpoints there ({seen}); all machines need the same folder")
-    if rank == 0:
-        for left in (out / "checkpoints").glob(".step-*"):  # of a save or a removal that a kill cut short
-            shutil.rmtree(left, ignore_errors=True)
-        write_whole(file, json.dumps(settings, indent=2) + "\n")
-    return newest
-
-
-def checkpoints(out):
-    """The whole checkpoint folders of a run, oldest first; anything else that lies there is not one."""
-    found = [p for p in (out / "checkpoints").glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdigit()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
-
-
-def save_checkpoint(out, step, networks, optimizer, keep):
-    """networks: {name of its folder: network}."""
-    folder = out / "checkpoints" / f"step-{step:06d}"
-    with whole_folder(folder) as new:
-        for name, network in networks.items():
-            network.save_pretrained(new / name)
-        torch.save(optimizer.state_dict(), new / "optimizer.pt")
-    for old in checkpoints(out)[:-keep]:
-        shutil.rmtree(old.rename(old.with_name("." + old.name)))  # never a half-deleted folder under a checkpoint's name
-
-
-def truncate_log(file, step):
-    """Drop the lines that a killed run wrote after its last checkpoint."""
-    if file.is_file():
-        lines = [line for line in file.read_text().splitlines() if line.endswith("}")]  # a kill may leave half a line
-        write_whole(file, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
 
 
 # ------------------------------------------------------------------------------------------- the loop

@@ -91,17 +91,11 @@ class Measures:
         real, prompts = zip(*(shards[i] for i in range(min(args.limit, len(shards)))))
         self.args, self.expert, self.prompts, self.real = args, expert, list(prompts), torch.stack(real) / 2 + 0.5
         self.model, self.score = Model.from_pretrained(str(POCKET), device, dtype), Scorer(self.prompts, device)
-        self.features, self.round_trip = self.judge(self.real), self.through_vae(self.real)
+        self.features, self.round_trip = self.judge(self.real), self.model.round_trip(self.real)
 
     @torch.no_grad()
     def judge(self, images):
         return torch.cat([self.score.models["judge"].image_features(part.to(self.model.device)) for part in images.split(64)]).cpu()
-
-    @torch.no_grad()
-    def through_vae(self, images):
-        vae, parts = self.model.vae, (2 * images - 1).to(self.model.device).split(64)
-        decoded = torch.cat([vae.decode(vae.posterior(part)[0] * vae.config.scaling_factor).float().cpu() for part in parts])
-        return (decoded / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def __call__(self, images):

@@ -1,0 +1,119 @@
+"""A training run: its options, processes and folder. What train.py and latent_rm.py share.
+
+A run is resumed by the command that began it. Its folder holds config.json, log.jsonl, checkpoints/ and, in the end, the networks.
+"""
+import dataclasses
+import json
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from cli import make_folder, option, pick_device, require
+from weights import read_json, whole_folder, write_whole
+
+
+@dataclass
+class RunConfig:
+    lr_schedule: str = option("cosine", "after the warm-up", choices=("constant", "cosine"))
+    seed: int = option(0, "seed of everything random")
+    precision: str = option("auto", "arithmetic of the networks; weights stay float32", choices=("auto", "bf16", "fp32"))
+    compile: bool = option(torch.cuda.is_available(), "torch.compile the networks")
+    checkpoint_every: int = option(200, "steps between checkpoints")
+    keep: int = option(2, "checkpoints kept")
+    workers: int = option(0, "data loading processes")
+    device: str = option("auto", "auto, cpu or cuda")
+
+
+# What may be given otherwise when a run is resumed
+MAY_CHANGE = {"out", "checkpoint_every", "log_every", "sample_every", "keep", "workers", "device", "compile", "evaluate", "heldout_every"}
+
+
+# ------------------------------------------------------------------------------------------- one process of many
+
+def setup_processes(args):
+    """-> rank, world, device. torchrun is optional."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        return rank, world, pick_device(args.device)
+    if args.device == "cpu" or not torch.cuda.is_available():
+        device = pick_device(args.device)
+        dist.init_process_group("gloo")
+        return rank, world, device
+    local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    require(args.device in ("auto", "cuda"), f"--device {args.device}: with several processes each takes its own GPU; expected auto, cuda or cpu")
+    require(local < count, f"process {local} of this machine has no GPU: there are {count}; lower --nproc_per_node")
+    torch.cuda.set_device(local)
+    dist.init_process_group("nccl")
+    return rank, world, torch.device("cuda", local)
+
+
+def average_over_processes(tensors, world):
+    if world > 1:
+        for work in [dist.all_reduce(t, async_op=True) for t in tensors]:
+            work.wait()
+        torch._foreach_div_(tensors, world)
+
+
+# ------------------------------------------------------------------------------------------- the run folder
+
+def open_run(args, rank, world):
+    """Make the run folder, or check that the run found there was started with the same options. -> newest checkpoint or None"""
+    out, settings = Path(args.out), dataclasses.asdict(args) | {"processes": world}
+    if rank == 0:
+        make_folder(out / "checkpoints")
+    file = out / "config.json"
+    if checkpoints(out) and file.is_file():
+        before = read_json(file)
+        may_change = MAY_CHANGE | ({"steps"} if args.lr_schedule == "constant" else set())  # cosine: steps shape every rate
+        require(before.get("processes") == world, f"{out} holds a run on {before.get('processes')} processes, now there are {world}; "
+                                                  f"resume it on as many, or give another --out")
+        changed = [k for k in settings if k not in may_change and before.get(k) != settings[k]]
+        require(not changed, f"{out} holds a run with other options: " + ", ".join(f"--{k.replace('_', '-')} {before.get(k)} (now {settings[k]})"
+                             for k in changed[:4]) + "; give the same options to resume it, or another --out")
+    newest = checkpoints(out)[-1] if checkpoints(out) else None
+    if world > 1:
+        seen = [None] * world
+        dist.all_gather_object(seen, newest and newest.name)
+        require(len(set(seen)) == 1, f"--out {out}: the processes see different checkpoints there ({seen}); all machines need the same folder")
+    if rank == 0:
+        for left in (out / "checkpoints").glob(".step-*"):  # of a save or a removal that a kill cut short
+            shutil.rmtree(left, ignore_errors=True)
+        write_whole(file, json.dumps(settings, indent=2) + "\n")
+    return newest
+
+
+def checkpoints(out):
+    """The whole checkpoint folders of a run, oldest first; anything else that lies there is not one."""
+    found = [p for p in (out / "checkpoints").glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdigit()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+
+
+def save_checkpoint(out, step, networks, optimizer, keep):
+    """networks: {name of its folder: network}."""
+    folder = out / "checkpoints" / f"step-{step:06d}"
+    with whole_folder(folder) as new:
+        for name, network in networks.items():
+            network.save_pretrained(new / name)
+        torch.save(optimizer.state_dict(), new / "optimizer.pt")
+    for old in checkpoints(out)[:-keep]:
+        shutil.rmtree(old.rename(old.with_name("." + old.name)))  # never a half-deleted folder under a checkpoint's name
+
+
+def truncate_log(file, step):
+    """Drop the lines that a killed run wrote after its last checkpoint."""
+    if file.is_file():
+        lines = [line for line in file.read_text().splitlines() if line.endswith("}")]  # a kill may leave half a line
+        write_whole(file, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+
+
+def rate_factor(step, args):
+    """The factor on the learning rate: a linear warm-up, then constant or a cosine down to 5%."""
+    decay = 1.0 if args.lr_schedule == "constant" else 0.05 + 0.95 * (1 + math.cos(math.pi * step / args.steps)) / 2
+    return min(1, (step + 1) / args.warmup) * decay
+
+
