@@ -23,7 +23,7 @@ from vae import VAE
 from weights import InputError
 
 POCKET = Path(__file__).resolve().parent / "pocket"
-PROMPTS = ["a red apple", "a smiling cat", "rocket", "a firefighter", "a green heart", "a slice of pizza"]
+PROMPTS = ["a red apple", "a smiling cat", "rocket", "a firefighter", "a green heart", "a snowman"]
 GRID = 64  # pictures that grid.png shows at most
 
 
