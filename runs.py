@@ -115,5 +115,3 @@ def rate_factor(step, args):
     """The factor on the learning rate: a linear warm-up, then constant or a cosine down to 5%."""
     decay = 1.0 if args.lr_schedule == "constant" else 0.05 + 0.95 * (1 + math.cos(math.pi * step / args.steps)) / 2
     return min(1, (step + 1) / args.warmup) * decay
-
-
