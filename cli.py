@@ -2,8 +2,10 @@
 import argparse
 import contextlib
 import dataclasses
+import functools
 import os
 import sys
+import time
 import types
 import typing
 from pathlib import Path
@@ -63,12 +65,29 @@ def pick_device(name):
 
 
 def pick_precision(name, device):
-    """"auto", "bf16" or "fp32" -> torch.dtype of the networks' arithmetic. auto: bf16 where the hardware computes in it."""
+    """"auto", "bf16" or "fp32" -> torch.dtype of the networks' arithmetic. auto: bf16 where the hardware is faster in it."""
     if name == "auto":
-        on_cpu = (getattr(torch.cpu, f"_is_{unit}_supported", lambda: False) for unit in ("amx_tile", "avx512_bf16"))
-        computes = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else any(supported() for supported in on_cpu)
-        return torch.bfloat16 if computes else torch.float32
+        faster = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_is_faster_in_bf16()
+        return torch.bfloat16 if faster else torch.float32
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+@functools.cache
+def cpu_is_faster_in_bf16():
+    """Only a CPU with bf16 units may be, and not each of those is (Intel's with AVX512-BF16 and no AMX are half as fast), so they
+    are asked: 20 ms."""
+    if not any(getattr(torch.cpu, f"_is_{unit}_supported", lambda: False)() for unit in ("amx_tile", "avx512_bf16")):
+        return False
+
+    def seconds(matrix):
+        start = time.perf_counter()
+        matrix @ matrix
+        return time.perf_counter() - start
+
+    matrix = torch.ones(768, 768)
+    pairs = [(seconds(matrix.bfloat16()), seconds(matrix)) for _ in range(6)]
+    bf16, fp32 = map(min, zip(*pairs))
+    return bf16 < 0.8 * fp32
 
 
 def autocast(device, dtype):
