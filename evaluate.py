@@ -34,7 +34,8 @@ class Config:
     teacher_steps: int = option(50, "DDIM steps of the teacher; 0: leave the teacher out")
     real: bool = option(False, "also score the real pictures and their VAE round trip")
     limit: int = option(256, "number of prompts")
-    n: int = option(4, "pictures per prompt of the student, whose scores are averaged (of the slow teacher: one)")
+    n: int = option(4, "pictures per prompt of the student, whose scores are averaged")
+    teacher_n: int = option(1, "the same of the teacher, which is slow; 4 for a comparison with it, since one picture is half luck")
     batch: int = option(64, "pictures at a time")
     device: str = option("auto", "auto, cpu or cuda")
     precision: str = option("auto", "arithmetic of the networks", choices=("auto", "bf16", "fp32"))
@@ -91,7 +92,7 @@ def difference(row, other):
 def compare(args, device, dtype):
     """Draw, score, print the table and write results.json and grid.png. -> rows"""
     require(args.limit >= 2 and args.batch >= 1, f"--limit {args.limit} --batch {args.batch}: expected at least 2 prompts and 1 picture at a time")
-    require(args.n >= 1, f"--n {args.n}: expected 1 or more")
+    require(min(args.n, args.teacher_n) >= 1, f"--n {args.n} --teacher-n {args.teacher_n}: expected 1 or more")
     require(0 <= args.teacher_steps < 1000, f"--teacher-steps {args.teacher_steps}: expected 0 to 999")
     out = make_folder(args.out)
     model = Model.from_pretrained(args.model, device, dtype)
@@ -108,7 +109,7 @@ def compare(args, device, dtype):
         rows += [score("real pictures", real), score("real, through the VAE", model.round_trip(real))]
     if args.teacher_steps:
         teacher = model.check(UNet.from_pretrained(args.model, dtype=dtype, device=device), args.model, student=False)
-        images, seconds = draw_all(model, teacher, prompts, args.teacher_steps, args.guidance, "ddim", args.batch)
+        images, seconds = draw_all(model, teacher, prompts, args.teacher_steps, args.guidance, "ddim", args.batch, args.teacher_n)
         rows.append(score(f"teacher, {args.teacher_steps}-step DDIM", images, 2 * args.teacher_steps, seconds))
         pictures.append(images)
     recorded = json.loads(RESULTS.read_text()).get("plain") if RESULTS.is_file() else None

@@ -52,6 +52,18 @@ def test_shipped_student_draws_held_out_prompts_in_two_steps(tmp_path, capsys):
     assert "| judge |" in capsys.readouterr().out and (tmp_path / "grid.png").is_file()
 
 
+def test_teacher_and_student_each_draw_as_many_pictures_a_prompt_as_asked(tmp_path, monkeypatch):
+    drawn = []
+
+    def draw_all(model, unet, prompts, steps, w, solver, batch, n=1):
+        drawn.append((solver, n))
+        return torch.rand(n * len(prompts), 3, 64, 64), 1.0
+
+    monkeypatch.setattr(evaluate, "draw_all", draw_all)
+    assert call(evaluate.main, "--limit", 2, "--n", 3, "--teacher-n", 2, "--out", tmp_path, "--device", "cpu") == 0
+    assert drawn == [("ddim", 2), ("lcm", 3)]
+
+
 def test_a_teacher_is_refused_as_student(capsys, tmp_path):
     assert call(evaluate.main, "--teacher-steps", 0, "--limit", 2, "--unet", ROOT / "pocket/unet", "--out", tmp_path, "--device", "cpu") == 2
     assert "expected a student" in capsys.readouterr().err
