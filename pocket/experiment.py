@@ -3,10 +3,10 @@
     python pocket/experiment.py                                       # then the table and the grid
     python pocket/experiment.py --expert jpeg --out runs/experiment-jpeg   # an expert without gradient, so through the LRM alone
 
-For each seed: an LRM is pre-trained; students are distilled without reward, with direct reward and through the LRM at three reward
-scales, and through an LRM that is never fitted to the expert. Runs of one seed see the same pictures and noise for the same
-number of steps. Resumable: the same command goes on where it stopped. The measures, on 2-step pictures of the held-out prompts with
-the same noise for every student:
+For each seed: an LRM is pre-trained, from the pocket reward's text tower; students are distilled without reward, with direct reward
+and through the LRM at three reward scales, and through an LRM that is never fitted to the expert. Runs of one seed see the same
+pictures and noise for the same number of steps. Resumable: the same command goes on where it stopped. The measures, on 2-step
+pictures of the held-out prompts with the same noise for every student:
 
     expert           what training maximises
     judge            what no training has seen
@@ -40,12 +40,13 @@ from weights import WEIGHTS, read_json, write_whole
 @dataclass
 class Config:
     expert: str = option("pocket", "reward model (reward.py)")
-    scale: float = option(0.2, "reward scale 1x; 4x and 16x are the others")
+    scale: float = option(0.5, "reward scale 1x; 4x and 16x are the others")
     seeds: int = option(3, "runs of each setting")
-    steps: int = option(300, "optimizer steps of a run")
+    steps: int = option(150, "optimizer steps of a run")
     batch_size: int = option(16, "pictures a step, all rewarded")
     rm_steps: int = option(500, "steps of the LRM's pre-training")
-    rm_lr: float = option(1e-4, "learning rate of the LRM while it follows the expert")
+    rm_lr: float = option(5e-4, "learning rate of the LRM while it follows the expert")
+    rm_image_layers: int = option(4, "last blocks of its image tower that do: all")
     rm_tau: float = option(0.05, "temperature of the expert's scores")
     guidance: float = option(3.0, "w of the pictures")
     limit: int = option(256, "number of prompts")
@@ -128,7 +129,8 @@ def python(script, *options):
 
 def settings(args, differentiable):
     """{name: options of train.py}"""
-    proxy = ["--latent-rm", "LRM", "--rm-lr", args.rm_lr, "--rm-tau", args.rm_tau, "--rm-batch", args.batch_size]
+    proxy = ["--latent-rm", "LRM", "--rm-lr", args.rm_lr, "--rm-image-layers", args.rm_image_layers, "--rm-tau", args.rm_tau,
+             "--rm-batch", args.batch_size]
     runs = {"plain": ["--reward", "none"]}
     for path, options in {"direct": [], "LRM": proxy}.items():
         if path == "LRM" or differentiable:
@@ -210,7 +212,7 @@ def main():
     for seed in range(args.seeds):
         latent_rm = out / f"latent_rm-seed{seed}"
         if not (latent_rm / "latent_rm").is_dir():
-            python("latent_rm.py", "--out", latent_rm, "--steps", args.rm_steps, "--seed", seed, *common)
+            python("latent_rm.py", "--out", latent_rm, "--steps", args.rm_steps, "--seed", seed, "--text-tower", POCKET / "reward" / WEIGHTS, *common)
         for name, options in runs.items():
             folder = out / f"{name.replace(',', '').replace(' ', '-')}-seed{seed}"
             if not (folder / "unet_target").is_dir():
