@@ -11,7 +11,7 @@ Stages, in this order, each resumable (the same command goes on where it stopped
     judge      CLIP with a ResNet image tower; scores the results, takes part in no training
     reward     CLIP with a ViT image tower; the reward model
     teacher    text encoder (first trained against latents) + UNet
-    student    the shipped 2-step student (train.py, longer than its default), and results.json
+    student    plain LCM as long as the default run, the shipped 2-step student (train.py, on a coarser grid), and results.json
 
 Nothing in any stage sees the held-out pictures or their captions before they are scored.
 """
