@@ -3,8 +3,8 @@
 The student maximises the LRM's score without decoding anything; meanwhile the LRM learns to rank like the expert reward
 model, which is only ever asked to compare and so may be a black box. Before that, it learns what goes with what:
 
-    python latent_rm.py                                       # the pocket's, on a laptop
-    python train.py --latent-rm runs/latent_rm --rm-lr 1e-4 --out runs/latent   # distil through it
+    python latent_rm.py --text-tower pocket/reward/diffusion_pytorch_model.safetensors               # the pocket's, on a laptop
+    python train.py --latent-rm runs/latent_rm --rm-lr 5e-4 --rm-image-layers 4 --out runs/latent   # distil through it
 
     torchrun --nproc_per_node=8 latent_rm.py --size sd21 --model MODEL --data 'encoded/*.tar' --heldout 'encoded-heldout/*.tar' \\
         --out runs/latent_rm21 --resolution 512 --batch-size 480 --lr 5e-4 --steps 100000 --warmup 2000 --text-tower HPS_v2.1_compressed.pt

@@ -7,7 +7,7 @@
         --batch-size 16 --steps 10000 --lr 1e-6 --lr-schedule constant --w-min 5 --w-max 15 --ddim-steps 50 \\
         --reward hpsv2.1 --reward-scale 1 --reward-batch 4 --grad-checkpoint --workers 8
 
-    python latent_rm.py && python train.py --latent-rm runs/latent_rm --rm-lr 1e-4 --out runs/latent     # the reward through a latent proxy
+    python train.py --latent-rm runs/latent_rm --rm-lr 5e-4 --rm-image-layers 4 --out runs/latent   # the reward through a latent proxy (latent_rm.py)
 
 To resume, run the same command. All randomness is a function of the seed and of the sample's place in the stream of samples,
 so a resumed run draws the same, and so does a run on another number of processes with as many pictures a step.
