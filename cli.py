@@ -64,18 +64,26 @@ def pick_device(name):
     return device
 
 
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
 def pick_precision(name, device):
     """"auto", "bf16" or "fp32" -> torch.dtype of the networks' arithmetic. auto: bf16 where the hardware is faster in it."""
     if name == "auto":
         faster = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_is_faster_in_bf16()
         return torch.bfloat16 if faster else torch.float32
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+    return PRECISIONS[name]
+
+
+def precision_name(dtype):
+    """The inverse of pick_precision."""
+    return next(name for name, known in PRECISIONS.items() if known == dtype)
 
 
 @functools.cache
 def cpu_is_faster_in_bf16():
-    """Only a CPU with bf16 units may be, and not each of those is (Intel's with AVX512-BF16 and no AMX are half as fast), so they
-    are asked: 20 ms."""
+    """Only a CPU with bf16 units may be, and not each of those is (Intel's with AVX512-BF16 and no AMX are half as fast), so it
+    is timed on a few matrix products."""
     if not any(getattr(torch.cpu, f"_is_{unit}_supported", lambda: False)() for unit in ("amx_tile", "avx512_bf16")):
         return False
 

@@ -27,7 +27,7 @@ from torch import nn
 from tqdm import tqdm
 
 import single_file
-from cli import autocast, fast_attention, option, parse, pick_precision, require, run
+from cli import autocast, fast_attention, option, parse, pick_precision, precision_name, require, run
 from data import POCKET, Shards, batches, positions, random_draws
 from reward_weights import open_clip_weights
 from runs import RunConfig, average_over_processes, open_run, rate_factor, save_checkpoint, setup_processes, truncate_log
@@ -262,6 +262,7 @@ def main():
     rank, world, device = setup_processes(args)
     main_process, out = rank == 0, Path(args.out)
     dtype = pick_precision(args.precision, device)
+    args.precision = precision_name(dtype)  # on record, so that a run is resumed in the arithmetic that it began in
     torch.set_float32_matmul_precision("high")
     newest = open_run(args, rank, world)
     start = int(newest.name.removeprefix("step-")) if newest else 0

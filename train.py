@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import evaluate
-from cli import autocast, fast_attention, make_folder, option, parse, pick_precision, require, run
+from cli import autocast, fast_attention, make_folder, option, parse, pick_precision, precision_name, require, run
 from data import Shards, batches, positions, random_draws
 from latent_rm import LatentRM, frozen, preference_accuracy, preference_loss
 from lcm_solver import DDIMSolver, consistency_function, huber
@@ -157,6 +157,7 @@ def main():
     rank, world, device = setup_processes(args)
     main_process, out = rank == 0, Path(args.out)
     dtype = pick_precision(args.precision, device)
+    args.precision = precision_name(dtype)  # on record, so that a run is resumed in the arithmetic that it began in
     torch.set_float32_matmul_precision("high")
 
     newest = open_run(args, rank, world)

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import cli
 import train
 from conftest import CAPTIONS, ROOT, agree, call, rand, randomize, write_shard
 from data import Shards, positions
@@ -417,6 +418,14 @@ def test_an_existing_run_refuses_changed_options(fit, tmp_path, capsys):
     assert fit(tmp_path, steps=1, lr=0.5) == 2
     message = capsys.readouterr().err
     assert "--lr 0.001 (now 0.5)" in message and (tmp_path / "config.json").read_text() == before
+
+
+def test_a_run_is_resumed_in_the_arithmetic_that_auto_chose_for_it(fit, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "cpu_is_faster_in_bf16", lambda: False)
+    assert fit(tmp_path, precision="auto", steps=1) == 0
+    monkeypatch.setattr(cli, "cpu_is_faster_in_bf16", lambda: True)  # on another machine
+    assert fit(tmp_path, precision="auto", steps=1) == 2
+    assert "--precision fp32 (now bf16)" in capsys.readouterr().err
 
 
 def test_a_finished_run_started_again_keeps_its_result(fit, tmp_path):
