@@ -23,7 +23,6 @@ import json
 import math
 import random
 import shutil
-import subprocess
 import sys
 import tarfile
 import time
@@ -39,6 +38,7 @@ POCKET = Path(__file__).resolve().parent
 sys.path.insert(0, str(POCKET.parent))
 import single_file
 from cli import autocast, fast_attention, pick_precision
+from experiment import python
 from latent_rm import LatentRMConfig, LatentViT, clip_loss
 from lcm_solver import NoiseSchedule
 from reward import PocketReward
@@ -430,21 +430,16 @@ def stage_teacher(args):
 
 # ---------------------------------------------------------------- student
 
-def script(name, *options):
-    """Run a script as a user would."""
-    subprocess.run([sys.executable, POCKET.parent / name, *map(str, options)], check=True)
-
-
 def distil(name, args, *options):
     """-> the folder of the 2-step student."""
     out = args.work / name
-    script("train.py", "--out", out, "--steps", max(1, round(STEPS[name] * args.scale)), "--no-evaluate", *options)
+    python("train.py", "--out", out, "--steps", max(1, round(STEPS[name] * args.scale)), "--no-evaluate", *options)
     return out / "unet_target"
 
 
 def compare(unet, out, *options):
     """-> the rows of evaluate.py's table."""
-    script("evaluate.py", "--unet", unet, "--out", out, *options)
+    python("evaluate.py", "--unet", unet, "--out", out, *options)
     return json.loads((out / "results.json").read_text())
 
 
