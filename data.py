@@ -150,6 +150,14 @@ def batches(shards, seed, first, last, rows, rank=0, world=1, workers=0):
                                        num_workers=workers, pin_memory=torch.cuda.is_available())
 
 
+def add_pair(tar, stem, suffix, data, caption):
+    """Write the bytes of a picture or a posterior, and its caption, into an open tar."""
+    for name, content in ((f"{stem}.{suffix}", data), (f"{stem}.txt", caption.encode())):
+        info = tarfile.TarInfo(name)
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+
+
 @dataclass
 class Config:
     data: str = option(str(POCKET / "data" / "train-*.tar"), "shards to encode: a tar, a folder or a glob")
@@ -194,10 +202,7 @@ def main():
                 for i, (stats, caption) in enumerate(zip(posterior.to("cpu", torch.float16).numpy(), captions), start):
                     buffer = io.BytesIO()
                     np.save(buffer, stats)
-                    for suffix, data in (("npy", buffer.getvalue()), ("txt", caption.encode())):
-                        info = tarfile.TarInfo(f"{i:08d}.{suffix}")
-                        info.size = len(data)
-                        tar.addfile(info, io.BytesIO(data))
+                    add_pair(tar, f"{i:08d}", "npy", buffer.getvalue(), caption)
         new.rename(target)
 
 

@@ -23,6 +23,7 @@ import json
 import math
 import random
 import shutil
+import subprocess
 import sys
 import tarfile
 import time
@@ -37,8 +38,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 POCKET = Path(__file__).resolve().parent
 sys.path.insert(0, str(POCKET.parent))
 import single_file
-from cli import autocast, fast_attention, pick_precision
-from experiment import python
+from cli import autocast, fast_attention, pick_precision, require
+from data import add_pair
 from latent_rm import LatentRMConfig, LatentViT, clip_loss
 from lcm_solver import NoiseSchedule
 from reward import PocketReward
@@ -87,10 +88,7 @@ def stage_data(args):
                 image = io.BytesIO()
                 picture.save(image, "WEBP", lossless=True, quality=100, method=4)
                 caption = ", ".join([label.replace(", ", " and "), *tags])  # the first comma ends the label
-                for suffix, data in (("webp", image.getvalue()), ("txt", caption.encode())):
-                    info = tarfile.TarInfo(f"{code}.{suffix}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
+                add_pair(tar, code, "webp", image.getvalue(), caption)
         print(f"data: {name}: {len(part)} pictures")
 
 
@@ -429,6 +427,12 @@ def stage_teacher(args):
 
 
 # ---------------------------------------------------------------- student
+
+def python(script, *options):
+    """Run one of the project's scripts, as one would by hand."""
+    command = [sys.executable, str(POCKET.parent / script), *map(str, options)]
+    require(subprocess.run(command).returncode == 0, f"{' '.join(command[1:])} failed, for the reason above")
+
 
 def distil(name, args, *options):
     """-> the folder of the 2-step student."""

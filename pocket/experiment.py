@@ -3,10 +3,10 @@
     python pocket/experiment.py                                       # then the table and the grid
     python pocket/experiment.py --expert jpeg --out runs/experiment-jpeg   # an expert without gradient, so through the LRM alone
 
-For each seed: an LRM is pre-trained, from the pocket reward's text tower; students are distilled without reward, with direct reward
-and through the LRM at three reward scales, and through an LRM that is never fitted to the expert. Runs of one seed see the same
-pictures and noise for the same number of steps. Resumable: the same command goes on where it stopped. The measures, on 2-step
-pictures of the held-out prompts with the same noise for every student:
+For each seed: an LRM is pre-trained with the pocket reward's text tower, on warped training pictures with varied captions; students are
+distilled without reward, with direct reward and through the LRM at four reward scales, and through an LRM that is never fitted to the
+expert. Runs of one seed see the same pictures and noise for the same number of steps. Resumable: the same command goes on where it
+stopped. The measures, on 2-step pictures of the held-out prompts with the same noise for every student:
 
     expert           what training maximises
     judge            what no training has seen
@@ -17,9 +17,11 @@ pictures of the held-out prompts with the same noise for every student:
 """
 import dataclasses
 import hashlib
+import io
 import json
-import subprocess
+import random
 import sys
+import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,25 +30,28 @@ import torch.nn.functional as F
 
 POCKET = Path(__file__).resolve().parent
 sys.path.insert(0, str(POCKET.parent))
+from build import python, read_split, vary, warp
 from cli import make_folder, option, parse, pick_device, pick_precision, require, run
-from data import Shards
-from evaluate import Scorer, draw_all
+from data import Shards, add_pair
+from evaluate import draw_all
 from reward import load_reward
-from sample import Model, grid, save_png
+from sample import Model, grid, save_png, to_pil
 from unet import UNet
 from weights import WEIGHTS, read_json, write_whole
 
 
 @dataclass
 class Config:
-    expert: str = option("pocket", "reward model (reward.py)")
-    scale: float = option(0.5, "reward scale 1x; 4x and 16x are the others")
+    expert: str = option("pocket", "reward model that training maximises (reward.py)")
+    judge: str = option(f"pocket={POCKET / 'judge'}", "another CLIP, that no training sees")
+    scale: float = option(0.5, "reward scale 1x; 0.25x, 4x and 16x are the others")
     seeds: int = option(3, "runs of each setting")
     steps: int = option(150, "optimizer steps of a run")
     batch_size: int = option(16, "pictures a step, all rewarded")
-    rm_steps: int = option(500, "steps of the LRM's pre-training")
-    rm_lr: float = option(5e-4, "learning rate of the LRM while it follows the expert")
-    rm_image_layers: int = option(4, "last blocks of its image tower that do: all")
+    copies: int = option(8, "warped copies of each training picture for the LRM's pre-training")
+    rm_steps: int = option(400, "steps of the LRM's pre-training")
+    rm_batch: int = option(8, "rows a step that the expert compares")
+    rm_lr: float = option(1e-4, "learning rate of the LRM while it follows the expert, with its whole image tower and no text tower")
     rm_tau: float = option(0.05, "temperature of the expert's scores")
     guidance: float = option(3.0, "w of the pictures")
     limit: int = option(256, "number of prompts")
@@ -91,20 +96,25 @@ class Measures:
         shards = Shards(str(POCKET / "data/heldout-*.tar"), 64)
         real, prompts = zip(*(shards[i] for i in range(min(args.limit, len(shards)))))
         self.args, self.expert, self.prompts, self.real = args, expert, list(prompts), torch.stack(real) / 2 + 0.5
-        self.model, self.score = Model.from_pretrained(str(POCKET), device, dtype), Scorer(self.prompts, device)
-        self.features, self.round_trip = self.judge(self.real), self.model.round_trip(self.real)
+        self.model, self.judge = Model.from_pretrained(str(POCKET), device, dtype), load_reward(args.judge, device)
+        self.features, self.round_trip = self.features_of(self.real), self.model.round_trip(self.real)
 
     @torch.no_grad()
-    def judge(self, images):
-        return torch.cat([self.score.models["judge"].image_features(part.to(self.model.device)) for part in images.split(64)]).cpu()
+    def features_of(self, images):
+        """The judge's unit features, [N,D] on the CPU."""
+        return torch.cat([self.judge.image_features(part.to(self.model.device)) for part in images.split(64)]).cpu()
+
+    def score(self, rewarder, images):
+        """Mean score of n rounds of one picture per prompt."""
+        n = len(images) // len(self.real)
+        return torch.cat([rewarder(part.to(self.model.device), self.prompts) for part in images.chunk(n)]).mean().item()
 
     @torch.no_grad()
     def __call__(self, images):
         """n rounds of one picture per prompt, [n*N,3,H,W] in [0,1] -> {measure: number}"""
         n = len(images) // len(self.real)
-        scores = [self.expert(part.to(self.model.device), self.prompts) for part in images.chunk(n)]
-        return {"expert": torch.stack(scores).mean().item(), "judge": self.score("", images)["judge"],
-                "distance": frechet_distance(self.judge(images), self.features),
+        return {"expert": self.score(self.expert, images), "judge": self.score(self.judge, images),
+                "distance": frechet_distance(self.features_of(images), self.features),
                 "high frequency": (high_frequency(images) / high_frequency(self.round_trip).repeat(n)).median().item(),
                 "roughness": roughness(images, self.real)}
 
@@ -122,20 +132,29 @@ class Measures:
 
 # ---------------------------------------------------------------- runs
 
-def python(script, *options):
-    command = [sys.executable, str(POCKET.parent / script), *map(str, options)]
-    require(subprocess.run(command).returncode == 0, f"{' '.join(command[1:])} failed, for the reason above")
+def warped_latents(folder, copies):
+    """Write `copies` warped versions of the training pictures, each with a varied caption, encoded, into `folder`. -> folder"""
+    if not (folder / "encoded/warped.tar").is_file():
+        images, captions = read_split("train")
+        generator, rng = torch.Generator().manual_seed(0), random.Random(0)
+        with tarfile.open(make_folder(folder) / "warped.tar", "w") as tar:
+            for copy in range(copies):
+                for i, (image, caption) in enumerate(zip(warp(images, generator), vary(captions, rng))):
+                    to_pil(image / 2 + 0.5).save(png := io.BytesIO(), "PNG")
+                    add_pair(tar, f"{copy}-{i}", "png", png.getvalue(), caption)
+        python("data.py", "--data", folder / "warped.tar", "--out", folder / "encoded")
+    return folder / "encoded"
 
 
 def settings(args, differentiable):
     """{name: options of train.py}"""
-    proxy = ["--latent-rm", "LRM", "--rm-lr", args.rm_lr, "--rm-image-layers", args.rm_image_layers, "--rm-tau", args.rm_tau,
-             "--rm-batch", args.batch_size]
+    proxy = ["--latent-rm", "LRM", "--rm-lr", args.rm_lr, "--rm-image-layers", 99, "--rm-text-layers", 0, "--rm-tau", args.rm_tau,
+             "--rm-batch", args.rm_batch]
     runs = {"plain": ["--reward", "none"]}
     for path, options in {"direct": [], "LRM": proxy}.items():
         if path == "LRM" or differentiable:
-            runs |= {f"{path} {times}x": ["--reward", args.expert, "--reward-scale", args.scale * times, *options] for times in (1, 4, 16)}
-    return runs | {"LRM 16x, never fitted": [*runs["LRM 16x"], "--rm-image-layers", 0, "--rm-text-layers", 0]}
+            runs |= {f"{path} {times}x": ["--reward", args.expert, "--reward-scale", args.scale * times, *options] for times in (0.25, 1, 4, 16)}
+    return runs | {"LRM 16x, never fitted": [*runs["LRM 16x"], "--rm-image-layers", 0]}
 
 
 def follows(folder):
@@ -212,7 +231,8 @@ def main():
     for seed in range(args.seeds):
         latent_rm = out / f"latent_rm-seed{seed}"
         if not (latent_rm / "latent_rm").is_dir():
-            python("latent_rm.py", "--out", latent_rm, "--steps", args.rm_steps, "--seed", seed, "--text-tower", POCKET / "reward" / WEIGHTS, *common)
+            python("latent_rm.py", "--data", warped_latents(out / "warped", args.copies), "--out", latent_rm, "--steps", args.rm_steps, "--seed", seed,
+                   "--text-tower", POCKET / "reward" / WEIGHTS, "--no-train-text", *common)
         for name, options in runs.items():
             folder = out / f"{name.replace(',', '').replace(' ', '-')}-seed{seed}"
             if not (folder / "unet_target").is_dir():
