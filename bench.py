@@ -33,7 +33,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import single_file
 from cli import autocast, fast_attention, option, parse, peak_memory, pick_device, pick_precision, require, run
-from latent_rm import build, frozen
+from latent_rm import frozen, new_latent_rm
 from latent_rm import Config as LatentRMTraining
 from lcm_solver import DDIMSolver, NoiseSchedule, guidance_embedding
 from reward import ClipReward, load_reward
@@ -78,7 +78,7 @@ def rewards(size, device, dtype, side):
     """The expert and the latent proxy, for latents of that side: the pocket's reward and a proxy of the pocket's size, or HPSv2.1's
     network and the published proxy's, with random weights."""
     with device:
-        latent_rm = build(LatentRMTraining(size=size), (4, side, side)).train()
+        latent_rm = new_latent_rm(LatentRMTraining(size=size), (4, side, side)).train()
     latent_rm.train_top(TrainConfig.rm_image_layers, TrainConfig.rm_text_layers)
     if size == "pocket":
         return load_reward("pocket", device, dtype), latent_rm

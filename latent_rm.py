@@ -3,18 +3,17 @@
 The student maximises the LRM's score without decoding anything; meanwhile the LRM learns to rank like the expert reward
 model, which is only ever asked to compare and so may be a black box. Before that, it learns what goes with what:
 
-    python latent_rm.py --text-tower pocket/reward/diffusion_pytorch_model.safetensors               # the pocket's, on a laptop
-    python train.py --latent-rm runs/latent_rm --rm-lr 5e-4 --rm-image-layers 4 --out runs/latent   # distil through it
+    python latent_rm.py --text-tower pocket/reward/diffusion_pytorch_model.safetensors --no-train-text   # the pocket's, on a laptop
 
-    torchrun --nproc_per_node=8 latent_rm.py --size sd21 --model MODEL --data 'encoded/*.tar' --heldout 'encoded-heldout/*.tar' \\
+    torchrun --nproc_per_node=8 latent_rm.py --size sd21 --model MODEL --data 'encoded/*.tar' --heldout 'encoded-heldout/*.tar' --workers 8 \\
         --out runs/latent_rm21 --resolution 512 --batch-size 480 --lr 5e-4 --steps 100000 --warmup 2000 --text-tower HPS_v2.1_compressed.pt
+
+train.py --latent-rm then distils through it.
 
 To resume, run the same command.
 """
 import contextlib
-import json
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -24,15 +23,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from open_clip.transformer import TextTransformer
 from torch import nn
-from tqdm import tqdm
 
 import single_file
-from cli import autocast, fast_attention, option, parse, pick_precision, precision_name, require, run
+from cli import autocast, fast_attention, option, parse, require, run
 from data import POCKET, Shards, batches, positions, random_draws
 from reward_weights import open_clip_weights
-from runs import RunConfig, average_over_processes, open_run, rate_factor, save_checkpoint, setup_processes, truncate_log
+from runs import Log, RunConfig, average_over_processes, open_run, rate_factor, save_checkpoint, setup_processes
 from vae import VAE
-from weights import InputError, find_component, load_component, load_strictly, load_tokenizer, save_component
+from weights import InputError, find_component, load_component, load_strictly, load_tokenizer, save_component, whole_folder
 
 
 @dataclass(frozen=True)
@@ -104,9 +102,10 @@ class LatentRM(nn.Module):
         return latent_rm
 
     def save_pretrained(self, folder, dtype=None):
-        """Write config.json, the weights and tokenizer/ into `folder`."""
-        save_component(self, folder, "LatentRM", dtype)
-        self.tokenizer.save_pretrained(Path(folder) / "tokenizer")
+        """Write config.json, the weights and tokenizer/ into `folder`, which appears whole or not at all."""
+        with whole_folder(folder) as new:
+            save_component(self, new, "LatentRM", dtype)
+            self.tokenizer.save_pretrained(new / "tokenizer")
 
     def read_text_tower(self, file):
         """Take the text tower of a CLIP: a file of open_clip's layout or of transformers' CLIPModel, such as HPS_v2.1_compressed.pt.
@@ -156,22 +155,24 @@ def preference_loss(expert_scores, lrm_scores, tau=1.0, tau_lrm=1.0, kind="kl"):
 
     expert_scores, lrm_scores: [B, K], K >= 2 candidates for the same prompt. For each of the K(K-1)/2 pairs: "kl" is
     KL(softmax(expert / tau) || softmax(lrm / tau_lrm)); "ce" is the cross-entropy on the candidate that the expert
-    prefers. Mean over the batch, summed over pairs; the gradient reaches lrm_scores only.
+    prefers, and on both alike where it prefers none. Mean over the batch, summed over pairs; the gradient reaches lrm_scores only.
     """
     pairs = torch.combinations(torch.arange(expert_scores.shape[1], device=expert_scores.device))  # [P, 2]
     expert, lrm = expert_scores.detach().float()[:, pairs], lrm_scores.float()[:, pairs]  # [B, P, 2]
     log_q = F.log_softmax(lrm / tau_lrm, dim=-1)
     if kind == "ce":
-        return -log_q.gather(-1, expert.argmax(-1, keepdim=True)).mean(0).sum()
+        chosen = ((expert - expert.flip(-1)).sign() + 1) / 2  # 1 and 0, or 1/2 and 1/2
+        return -(chosen * log_q).sum(-1).mean(0).sum()
     log_p = F.log_softmax(expert / tau, dim=-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean(0).sum()
 
 
 def preference_accuracy(expert_scores, lrm_scores):
-    """Both [B, K], K candidates for the same prompt -> the share of the B K(K-1)/2 pairs that the LRM ranks as the expert does."""
+    """Both [B, K], K candidates for the same prompt -> the share of the B K(K-1)/2 pairs that the LRM ranks as the expert does, not
+    counting those in which the expert prefers none (0 if there are no others)."""
     pairs = torch.combinations(torch.arange(expert_scores.shape[1], device=expert_scores.device))  # [P, 2]
     expert, lrm = (scores[:, pairs].diff(dim=-1).sign() for scores in (expert_scores, lrm_scores))
-    return (expert == lrm).float().mean()
+    return (expert * lrm > 0).sum() / (expert != 0).sum().clamp(min=1)
 
 
 # ------------------------------------------------------------------------------------------- pre-training
@@ -184,7 +185,7 @@ class Config(RunConfig):
     size: str = option("pocket", "of the towers (SIZES in this file)", choices=tuple(SIZES))
     text_tower: str | None = option(None, "file of a CLIP whose text tower to begin with, such as HPS_v2.1_compressed.pt for sd21")
     train_text: bool = option(True, "train the text tower too")
-    model: str = option(str(POCKET), "model folder, single file or hub id whose VAE encodes pictures; its tokenizer/, unless sd21")
+    model: str = option(str(POCKET), "model folder, single file or hub id: its VAE encodes pictures, and the pocket's LRM takes its tokenizer/ (sd21: CLIP's own)")
     data: str = option(str(POCKET / "data" / "train-*.tar"), "shards of pictures or of posteriors (data.py): a tar, a folder, or a glob")
     heldout: str = option(str(POCKET / "data" / "heldout-*.tar"), "shards for the retrieval accuracy")
     out: str = option("runs/latent_rm", "run folder; a run found there is resumed")
@@ -217,8 +218,8 @@ class Gather(torch.autograd.Function):
 
 def clip_loss(image, text, logit_scale):
     """CLIP's loss on the unit features of B pairs, [B,D] each: every picture is to find its text, every text its picture, among all
-    (arXiv 2103.00020, figure 3). logit_scale: the log of a scale that counts as 100 at most."""
-    logits = logit_scale.exp().clamp(max=100) * image.float() @ text.float().T
+    (arXiv 2103.00020, figure 3). logit_scale: the log of the inverse temperature."""
+    logits = logit_scale.exp() * image.float() @ text.float().T
     own = torch.arange(len(image), device=image.device)
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
@@ -240,7 +241,7 @@ def check(args):
     require(args.batch_size >= 2, f"--batch-size {args.batch_size}: expected 2 or more, the loss tells pairs from each other")
 
 
-def build(args, shape):
+def new_latent_rm(args, shape):
     """A new LatentRM for latents of that shape (C, s, s), the same on every process."""
     sizes, (channels, side, _) = SIZES[args.size], shape
     tokenizer = single_file.tokenizer("sd2", load_tokenizer) if args.size == "sd21" else load_tokenizer(Path(args.model) / "tokenizer")
@@ -259,13 +260,9 @@ def build(args, shape):
 def main():
     args = parse(Config(), __doc__)
     check(args)
-    rank, world, device = setup_processes(args)
+    rank, world, device, dtype = setup_processes(args)
     main_process, out = rank == 0, Path(args.out)
-    dtype = pick_precision(args.precision, device)
-    args.precision = precision_name(dtype)  # on record, so that a run is resumed in the arithmetic that it began in
-    torch.set_float32_matmul_precision("high")
-    newest = open_run(args, rank, world)
-    start = int(newest.name.removeprefix("step-")) if newest else 0
+    newest, start = open_run(args, rank, world)
 
     shards, heldout = Shards(args.data, args.resolution), Shards(args.heldout, args.resolution)
     vae = None if shards.encoded and heldout.encoded else VAE.from_pretrained(args.model, dtype, device).requires_grad_(False)
@@ -281,7 +278,7 @@ def main():
     seen, shape = posterior(torch.stack(seen))[0], tuple(posterior(shards[0][0][None])[0].shape[1:])
     require(seen.shape[1:] == shape, f"--heldout {args.heldout}: latents {tuple(seen.shape[1:])}, those of --data are {shape}; encode both alike")
 
-    latent_rm = (LatentRM.from_pretrained(newest / "latent_rm") if newest else build(args, shape)).to(device).train()
+    latent_rm = (LatentRM.from_pretrained(newest / "latent_rm") if newest else new_latent_rm(args, shape)).to(device).train()
     latent_rm.text.requires_grad_(args.train_text).set_grad_checkpointing(args.grad_checkpoint)
     weights = [p for p in latent_rm.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW([{"params": [p for p in weights if p.ndim > 1], "weight_decay": args.weight_decay},
@@ -291,13 +288,11 @@ def main():
     if args.compile:
         latent_rm.compile()
     if main_process:
-        truncate_log(out / "log.jsonl", start)
         print(f"{sum(p.numel() for p in weights) / 1e6:.1f} M parameters, {len(shards)} pairs, {world} x {args.batch_size} a step, "
               f"{device}, {str(dtype)[6:]}" + (f"; resumes at step {start}" if start else ""))
-    progress = tqdm(total=args.steps, initial=start, disable=not main_process, unit="step")
-    clock, clock_step = time.perf_counter(), start
-
     stream = batches(shards, args.seed, start, args.steps, args.batch_size, rank, world, args.workers)
+    log = Log(out, start, args.steps, world * args.batch_size, rank)
+
     for step, (tensors, captions) in zip(range(start, args.steps), stream):
         noise = random_draws(args.seed, positions(step, args.batch_size, rank, world), shape, 1, device)[0]
         mean, std = posterior(tensors)
@@ -314,30 +309,23 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = args.lr * rate_factor(step, args)
         optimizer.step()
+        with torch.no_grad():
+            latent_rm.logit_scale.clamp_(max=math.log(100))  # as CLIP does, so that the training stays stable
 
         done = step + 1
-        progress.update()
+        log.progress.update()
         look = done % args.heldout_every == 0 or done == args.steps
         if look or done % args.log_every == 0 or done % args.checkpoint_every == 0:
             line = {"step": done, "loss": loss.item(), "grad_norm": norm.item(), "logit_scale": latent_rm.logit_scale.exp().item(),
                     "lr": optimizer.param_groups[0]["lr"]}
-            require(all(abs(v) < float("inf") for v in line.values()), f"step {done}: loss or gradient is not finite ({line}); "
-                    f"the last checkpoint in {out}/checkpoints is sound: lower --lr, with another --out")
-            seconds = (time.perf_counter() - clock) / (done - clock_step)
-            clock, clock_step = time.perf_counter(), done
-            if main_process:
-                if look:
-                    with autocast(device, dtype):
-                        line["retrieval"] = retrieval(latent_rm, seen, seen_captions)
-                line |= {"seconds_per_step": round(seconds, 4), "pairs_per_second": round(world * args.batch_size / seconds, 2)}
-                with open(out / "log.jsonl", "a") as log:
-                    log.write(json.dumps(line) + "\n")
-                progress.set_postfix({k: f"{line[k]:.3f}" for k in ("loss", "retrieval") if k in line})
-        pause = clock if look else time.perf_counter()
+            if look and main_process:
+                with log.pause(), autocast(device, dtype):
+                    line["retrieval"] = retrieval(latent_rm, seen, seen_captions)
+            log(line, ("loss", "retrieval"), "lower --lr")
         if main_process and (done % args.checkpoint_every == 0 or done == args.steps):
-            save_checkpoint(out, done, {"latent_rm": latent_rm}, optimizer, args.keep)
-        clock += time.perf_counter() - pause  # looking and saving are not training
-    progress.close()
+            with log.pause():
+                save_checkpoint(out, done, {"latent_rm": latent_rm}, optimizer, args.keep)
+    log.progress.close()
     if main_process:
         latent_rm.save_pretrained(out / "latent_rm")
         with autocast(device, dtype):

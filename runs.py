@@ -2,18 +2,21 @@
 
 A run is resumed by the command that began it. Its folder holds config.json, log.jsonl, checkpoints/ and, in the end, the networks.
 """
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
-from cli import make_folder, option, pick_device, require
+from cli import make_folder, option, pick_device, pick_precision, precision_name, require
 from weights import read_json, whole_folder, write_whole
 
 
@@ -36,20 +39,24 @@ MAY_CHANGE = {"out", "checkpoint_every", "log_every", "sample_every", "keep", "w
 # ------------------------------------------------------------------------------------------- one process of many
 
 def setup_processes(args):
-    """-> rank, world, device. torchrun is optional."""
+    """-> rank, world, device, dtype of the networks' arithmetic. torchrun is optional. args.precision becomes what "auto" chose on the
+    first process: all compute in it, and the run is resumed in it."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
-        return rank, world, pick_device(args.device)
-    if args.device == "cpu" or not torch.cuda.is_available():
-        device = pick_device(args.device)
-        dist.init_process_group("gloo")
-        return rank, world, device
-    local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    require(args.device in ("auto", "cuda"), f"--device {args.device}: with several processes each takes its own GPU; expected auto, cuda or cpu")
-    require(local < count, f"process {local} of this machine has no GPU: there are {count}; lower --nproc_per_node")
-    torch.cuda.set_device(local)
-    dist.init_process_group("nccl")
-    return rank, world, torch.device("cuda", local)
+    if world == 1 or args.device == "cpu" or not torch.cuda.is_available():
+        device, backend = pick_device(args.device), "gloo"
+    else:
+        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        require(args.device in ("auto", "cuda"), f"--device {args.device}: with several processes each takes its own GPU; expected auto, cuda or cpu")
+        require(local < count, f"process {local} of this machine has no GPU: there are {count}; lower --nproc_per_node")
+        device, backend = torch.device("cuda", local), "nccl"
+        torch.cuda.set_device(device)
+    chosen = [precision_name(pick_precision(args.precision, device))]
+    if world > 1:
+        dist.init_process_group(backend)
+        dist.broadcast_object_list(chosen, device=device)
+    args.precision = chosen[0]
+    torch.set_float32_matmul_precision("high")
+    return rank, world, device, pick_precision(args.precision, device)
 
 
 def average_over_processes(tensors, world):
@@ -62,7 +69,7 @@ def average_over_processes(tensors, world):
 # ------------------------------------------------------------------------------------------- the run folder
 
 def open_run(args, rank, world):
-    """Make the run folder, or check that the run found there was started with the same options. -> newest checkpoint or None"""
+    """Make the run folder, or check that the run found there was started with the same options. -> newest checkpoint or None, its step"""
     out, settings = Path(args.out), dataclasses.asdict(args) | {"processes": world}
     if rank == 0:
         make_folder(out / "checkpoints")
@@ -84,13 +91,17 @@ def open_run(args, rank, world):
         for left in (out / "checkpoints").glob(".step-*"):  # of a save or a removal that a kill cut short
             shutil.rmtree(left, ignore_errors=True)
         write_whole(file, json.dumps(settings, indent=2) + "\n")
-    return newest
+    return newest, step_of(newest) if newest else 0
+
+
+def step_of(checkpoint):
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def checkpoints(out):
     """The whole checkpoint folders of a run, oldest first; anything else that lies there is not one."""
     found = [p for p in (out / "checkpoints").glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdigit()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+    return sorted(found, key=step_of)
 
 
 def save_checkpoint(out, step, networks, optimizer, keep):
@@ -104,11 +115,38 @@ def save_checkpoint(out, step, networks, optimizer, keep):
         shutil.rmtree(old.rename(old.with_name("." + old.name)))  # never a half-deleted folder under a checkpoint's name
 
 
-def truncate_log(file, step):
-    """Drop the lines that a killed run wrote after its last checkpoint."""
-    if file.is_file():
-        lines = [line for line in file.read_text().splitlines() if line.endswith("}")]  # a kill may leave half a line
-        write_whole(file, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+class Log:
+    """log.jsonl, one JSON object a line, and the progress bar. Every process calls it, the first one writes. rows: samples a step takes,
+    those of all processes."""
+
+    def __init__(self, out, start, steps, rows, rank):
+        self.file, self.rows, self.writes = out / "log.jsonl", rows, rank == 0
+        if self.writes and self.file.is_file():  # drop what a killed run wrote after its last checkpoint; a kill may leave half a line
+            lines = [line for line in self.file.read_text().splitlines() if line.endswith("}")]
+            write_whole(self.file, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= start))
+        self.progress = tqdm(total=steps, initial=start, disable=rank != 0, unit="step")
+        self.clock, self.step = time.perf_counter(), start
+
+    @contextlib.contextmanager
+    def pause(self):
+        """What is done inside (looking, saving) is no training and does not count as its time."""
+        began = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - began
+
+    def __call__(self, line, shown, remedy):
+        """line: {"step": its number, name: number}; the keys in `shown` go to the progress bar. -> the line with the speed since the last
+        one. Raises InputError, with the remedy, if a number is not finite."""
+        require(all(abs(v) < float("inf") for v in line.values()), f"step {line['step']}: loss or gradient is not finite ({line}); the last "
+                                                                   f"checkpoint in {self.file.parent}/checkpoints is sound: {remedy}, with another --out")
+        seconds = (time.perf_counter() - self.clock) / (line["step"] - self.step)
+        self.clock, self.step = time.perf_counter(), line["step"]
+        line = line | {"seconds_per_step": round(seconds, 4), "images_per_second": round(self.rows / seconds, 2)}
+        if self.writes:
+            with open(self.file, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        self.progress.set_postfix({key: f"{line[key]:.3f}" for key in shown if key in line})
+        return line
 
 
 def rate_factor(step, args):

@@ -7,28 +7,26 @@
         --batch-size 16 --steps 10000 --lr 1e-6 --lr-schedule constant --w-min 5 --w-max 15 --ddim-steps 50 \\
         --reward hpsv2.1 --reward-scale 1 --reward-batch 4 --grad-checkpoint --workers 8
 
-    python train.py --latent-rm runs/latent_rm --rm-lr 5e-4 --rm-image-layers 4 --out runs/latent   # the reward through a latent proxy (latent_rm.py)
+    # the reward through a latent proxy (latent_rm.py)
+    python train.py --latent-rm runs/latent_rm --rm-lr 1e-4 --rm-image-layers 4 --rm-text-layers 0 --out runs/latent
 
 To resume, run the same command. All randomness is a function of the seed and of the sample's place in the stream of samples,
 so a resumed run draws the same, and so does a run on another number of processes with as many pictures a step.
 """
-import json
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 import evaluate
-from cli import autocast, fast_attention, make_folder, option, parse, pick_precision, precision_name, require, run
+from cli import autocast, fast_attention, make_folder, option, parse, require, run
 from data import Shards, batches, positions, random_draws
 from latent_rm import LatentRM, frozen, preference_accuracy, preference_loss
 from lcm_solver import DDIMSolver, consistency_function, huber
 from reward import load_reward
-from runs import RunConfig, average_over_processes, open_run, rate_factor, save_checkpoint, setup_processes, truncate_log
+from runs import Log, RunConfig, average_over_processes, open_run, rate_factor, save_checkpoint, setup_processes
 from sample import POCKET, Model, grid, save_png
 from unet import UNet
 
@@ -55,19 +53,19 @@ class Config(RunConfig):
     reward_scale: float = option(0.5, "beta: weight of the reward in the loss")
     reward_batch: int = option(16, "rows of a pass that are rewarded (and decoded, without --latent-rm)")
     latent_rm: str | None = option(None, "latent proxy reward model (LRM) to reward through; --reward is the expert that it follows")
-    rm_lr: float = option(3.3e-6, "learning rate of the LRM")
+    rm_lr: float = option(3.3e-6, "learning rate of the LRM (as published; the pocket needs 1e-4)")
     rm_batch: int = option(16, "rows of a pass that the expert compares for the LRM, three decoded pictures each")
     rm_image_layers: int = option(2, "last blocks of the LRM's image tower that train")
     rm_text_layers: int = option(5, "last blocks of the LRM's text tower that train")
     rm_loss: str = option("kl", "divergence of the two preferences, or cross-entropy on the expert's choice", choices=("kl", "ce"))
-    rm_tau: float = option(0.05, "temperature of the expert's scores")
+    rm_tau: float = option(0.05, "temperature of the expert's scores, in their unit: what counts as a clear difference")
     rm_tau_lrm: float = option(0.05, "temperature of the LRM's scores, which are cosines")
     ddim_steps: int = option(10, "N, points of the solver's grid; the skip is 1000 / N (published: 50)")
     solver_substeps: int = option(1, "teacher steps between two grid points")
     w_min: float = option(1.0, "smallest guidance weight (published: 5)")
     w_max: float = option(5.0, "largest guidance weight (published: 15)")
     ema: float = option(0.95, "decay of the target network")
-    grad_checkpoint: bool = option(False, "recompute activations in the backward pass: less memory, 1.3x time")
+    grad_checkpoint: bool = option(False, "recompute the student's, the decoder's and the reward's activations in the backward pass: less memory, 1.3x time")
     log_every: int = option(10, "steps between lines of log.jsonl")
     sample_every: int = option(200, "steps between sample grids")
     evaluate: bool = option(True, "end a run on the pocket with the comparison table")
@@ -119,7 +117,7 @@ def latent_reward(model, latent_rm, reward, prediction, goal, z, captions, args)
     only, {name: detached scalar}"""
     unscaled = lambda latents: latents / model.vae.config.scaling_factor
     text = latent_rm.text_features(captions[:max(args.reward_batch, args.rm_batch)])
-    with frozen(latent_rm):  # student <- LRM: nothing is decoded
+    with frozen(latent_rm):  # student <- LRM: nothing is decoded. A compiled tower has a graph of its own for inputs that need gradients
         image = latent_rm.image_features(unscaled(prediction[:args.reward_batch]))
         score = (image * text[:args.reward_batch].detach()).sum(dim=1).mean()
 
@@ -129,7 +127,8 @@ def latent_reward(model, latent_rm, reward, prediction, goal, z, captions, args)
         pictures = [(model.vae.decode(latents).float() / 2 + 0.5).clamp(0, 1) for latents in candidates.values()]
         expert = torch.stack([reward(images, captions) for images in pictures], dim=1)  # [B, 3]
     # LRM <- expert
-    lrm = torch.stack([(latent_rm.image_features(unscaled(latents)) * text).sum(dim=1) for latents in candidates.values()], dim=1)  # [B, 3]
+    image = latent_rm.image_features(unscaled(torch.cat(list(candidates.values())))).unflatten(0, (3, -1))  # [3, B, D]
+    lrm = (image * text).sum(dim=-1).T  # [B, 3]
     rm_loss = preference_loss(expert, lrm, args.rm_tau, args.rm_tau_lrm, args.rm_loss)
     stats = {"rm_score": score.detach(), "rm_loss": rm_loss.detach(), "rm_accuracy": preference_accuracy(expert, lrm.detach()),
              "reward": expert[:, 0].mean()} | {f"expert/{name}": expert[:, i].mean() for i, name in enumerate(candidates)}
@@ -154,14 +153,9 @@ def check(args):
 def main():
     args = parse(Config(), __doc__)
     check(args)
-    rank, world, device = setup_processes(args)
+    rank, world, device, dtype = setup_processes(args)
     main_process, out = rank == 0, Path(args.out)
-    dtype = pick_precision(args.precision, device)
-    args.precision = precision_name(dtype)  # on record, so that a run is resumed in the arithmetic that it began in
-    torch.set_float32_matmul_precision("high")
-
-    newest = open_run(args, rank, world)
-    start = int(newest.name.removeprefix("step-")) if newest else 0
+    newest, start = open_run(args, rank, world)
 
     # Frozen: VAE, text encoder, teacher, reward. Trained in float32: the student, whose EMA is the target, and the top of the LRM.
     model = Model.from_pretrained(args.teacher, device, dtype)
@@ -201,12 +195,10 @@ def main():
     prompts = [shards.caption(i) for i in range(min(8, len(shards)))]
     if main_process:
         make_folder(out / "samples")
-        truncate_log(out / "log.jsonl", start)
         print(f"{sum(p.numel() for p in weights) / 1e6:.1f} M parameters, {len(shards)} pictures, {world} x {rows} a step, "
               f"reward {args.reward}, {device}, {str(dtype)[6:]}" + (f"; resumes at step {start}" if start else ""))
     board = SummaryWriter(out / "tensorboard", purge_step=start + 1) if SummaryWriter and main_process else None
-    progress = tqdm(total=args.steps, initial=start, disable=not main_process, unit="step")
-    clock, clock_step = time.perf_counter(), start
+    log = Log(out, start, args.steps, world * rows, rank)
 
     for step, (tensors, captions) in zip(range(start, args.steps), stream):
         draws = random_draws(args.seed, positions(step, rows, rank, world), shape, len(solver.timesteps), device)
@@ -222,38 +214,30 @@ def main():
             for key, value in stats.items():
                 totals[key] = totals.get(key, 0) + value / args.grad_accum
         average_over_processes([p.grad for p in weights + rm_weights], world)
-        norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        torch.nn.utils.clip_grad_norm_(rm_weights, 1.0)
+        norms = {"grad_norm": torch.nn.utils.clip_grad_norm_(weights, 1.0)}
+        if latent_rm:
+            norms["rm_grad_norm"] = torch.nn.utils.clip_grad_norm_(rm_weights, 1.0)
         for group, lr in zip(optimizer.param_groups, (args.lr, args.rm_lr)):
             group["lr"] = lr * rate_factor(step, args)
         optimizer.step()
         torch._foreach_lerp_(target_weights, [p.detach() for p in weights], 1 - args.ema)  # EMA target
 
         done = step + 1
-        progress.update()
+        log.progress.update()
         if done % args.log_every == 0 or done % args.checkpoint_every == 0 or done == args.steps:
             average_over_processes(list(totals.values()), world)
-            line = {"step": done} | {k: v.item() for k, v in totals.items()} | {"grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"]}
-            seconds = (time.perf_counter() - clock) / (done - clock_step)
-            clock, clock_step = time.perf_counter(), done
-            require(all(abs(v) < float("inf") for v in line.values()), f"step {done}: loss or gradient is not finite ({line}); "
-                    f"the last checkpoint in {out}/checkpoints is sound: lower --lr or --reward-scale, with another --out")
-            if main_process:
-                line |= {"seconds_per_step": round(seconds, 4), "images_per_second": round(world * rows / seconds, 2)}
-                with open(out / "log.jsonl", "a") as log:
-                    log.write(json.dumps(line) + "\n")
-                for key, value in line.items():
-                    board and board.add_scalar(key, value, done)
-                progress.set_postfix({k: f"{line[k]:.3f}" for k in ("lcd", "reward") if k in line})
-        pause = time.perf_counter()
+            line = {"step": done} | {k: v.item() for k, v in (totals | norms).items()} | {"lr": optimizer.param_groups[0]["lr"]}
+            for key, value in log(line, ("lcd", "reward"), "lower --lr or --reward-scale").items():
+                board and board.add_scalar(key, value, done)
         if main_process and (done % args.sample_every == 0 or done == args.steps):
-            w = (args.w_min + args.w_max) / 2
-            images = model.draw(target, prompts, range(len(prompts)), 2, w)
-            save_png(grid(images, 4), out / "samples" / f"step-{done:06d}.png", prompts=" | ".join(prompts), steps=2, guidance=w)
+            with log.pause():
+                w = (args.w_min + args.w_max) / 2
+                images = model.draw(target, prompts, range(len(prompts)), 2, w)
+                save_png(grid(images, 4), out / "samples" / f"step-{done:06d}.png", prompts=" | ".join(prompts), steps=2, guidance=w)
         if main_process and (done % args.checkpoint_every == 0 or done == args.steps):
-            save_checkpoint(out, done, networks, optimizer, args.keep)
-        clock += time.perf_counter() - pause  # drawing and saving are not training
-    progress.close()
+            with log.pause():
+                save_checkpoint(out, done, networks, optimizer, args.keep)
+    log.progress.close()
     if board:
         board.close()
     if main_process:

@@ -13,7 +13,7 @@ stopped. The measures, on 2-step pictures of the held-out prompts with the same 
     distance         Frechet distance of the judge's features from those of the real held-out pictures
     high frequency   energy above half the Nyquist frequency relative to the same prompt's real picture after the VAE's round trip, median
     roughness        how far neighbouring pixels differ, median over what is flat white in the real picture, in units of 1/255
-    follows          the share of pairs that the LRM ranked as the expert did, in the last tenth of the training
+    follows          the share of pairs that the LRM ranked as the expert did, in the logged steps of the training's second half
 """
 import dataclasses
 import hashlib
@@ -40,18 +40,22 @@ from unet import UNet
 from weights import WEIGHTS, read_json, write_whole
 
 
+SCALES = (0.25, 1, 4, 16)  # times --scale
+ALL = 99  # more layers than any LRM here has
+
+
 @dataclass
 class Config:
     expert: str = option("pocket", "reward model that training maximises (reward.py)")
     judge: str = option(f"pocket={POCKET / 'judge'}", "another CLIP, that no training sees")
-    scale: float = option(0.5, "reward scale 1x; 0.25x, 4x and 16x are the others")
+    scale: float = option(0.5, "reward scale 1x")
     seeds: int = option(3, "runs of each setting")
     steps: int = option(150, "optimizer steps of a run")
     batch_size: int = option(16, "pictures a step, all rewarded")
     copies: int = option(8, "warped copies of each training picture for the LRM's pre-training")
     rm_steps: int = option(400, "steps of the LRM's pre-training")
     rm_batch: int = option(8, "rows a step that the expert compares")
-    rm_lr: float = option(1e-4, "learning rate of the LRM while it follows the expert, with its whole image tower and no text tower")
+    rm_lr: float = option(1e-4, "learning rate of the LRM while it follows the expert, with all blocks of its image tower")
     rm_tau: float = option(0.05, "temperature of the expert's scores")
     guidance: float = option(3.0, "w of the pictures")
     limit: int = option(256, "number of prompts")
@@ -132,8 +136,9 @@ class Measures:
 
 # ---------------------------------------------------------------- runs
 
-def warped_latents(folder, copies):
-    """Write `copies` warped versions of the training pictures, each with a varied caption, encoded, into `folder`. -> folder"""
+def warped_latents(folder, copies, *options):
+    """Write `copies` warped versions of the training pictures, each with a varied caption, into `folder`, and encode them with those
+    options of data.py. -> folder of the latents"""
     if not (folder / "encoded/warped.tar").is_file():
         images, captions = read_split("train")
         generator, rng = torch.Generator().manual_seed(0), random.Random(0)
@@ -142,26 +147,28 @@ def warped_latents(folder, copies):
                 for i, (image, caption) in enumerate(zip(warp(images, generator), vary(captions, rng))):
                     to_pil(image / 2 + 0.5).save(png := io.BytesIO(), "PNG")
                     add_pair(tar, f"{copy}-{i}", "png", png.getvalue(), caption)
-        python("data.py", "--data", folder / "warped.tar", "--out", folder / "encoded")
+        python("data.py", "--data", folder / "warped.tar", "--out", folder / "encoded", *options)
     return folder / "encoded"
 
 
-def settings(args, differentiable):
-    """{name: options of train.py}"""
-    proxy = ["--latent-rm", "LRM", "--rm-lr", args.rm_lr, "--rm-image-layers", 99, "--rm-text-layers", 0, "--rm-tau", args.rm_tau,
-             "--rm-batch", args.rm_batch]
-    runs = {"plain": ["--reward", "none"]}
-    for path, options in {"direct": [], "LRM": proxy}.items():
-        if path == "LRM" or differentiable:
-            runs |= {f"{path} {times}x": ["--reward", args.expert, "--reward-scale", args.scale * times, *options] for times in (0.25, 1, 4, 16)}
-    return runs | {"LRM 16x, never fitted": [*runs["LRM 16x"], "--rm-image-layers", 0]}
+def settings(args, latent_rm, differentiable):
+    """{name: options of train.py}. latent_rm: the run folder of its pre-training."""
+    def rewarded(times, *options):
+        return ["--reward", args.expert, "--reward-scale", args.scale * times, *options]
+
+    def proxied(times, layers):
+        return rewarded(times, "--latent-rm", latent_rm, "--rm-lr", args.rm_lr, "--rm-tau", args.rm_tau, "--rm-batch", args.rm_batch,
+                        "--rm-image-layers", layers, "--rm-text-layers", 0)
+
+    return ({"plain": ["--reward", "none"]} | {f"direct {times}x": rewarded(times) for times in SCALES if differentiable}
+            | {f"LRM {times}x": proxied(times, ALL) for times in SCALES} | {f"LRM {SCALES[-1]}x, never fitted": proxied(SCALES[-1], 0)})
 
 
 def follows(folder):
-    """The LRM's agreement with the expert in the last tenth of a run's log, if it has an LRM."""
+    """The LRM's agreement with the expert in the second half of a run's log, if it has an LRM."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    last = [line["rm_accuracy"] for line in lines[-max(1, len(lines) // 10):] if "rm_accuracy" in line]
-    return {"follows": sum(last) / len(last)} if last else {}
+    shares = [line["rm_accuracy"] for line in lines[len(lines) // 2:] if "rm_accuracy" in line]
+    return {"follows": sum(shares) / len(shares)} if shares else {}
 
 
 def fingerprint():
@@ -213,39 +220,39 @@ def report(references, results):
 
 def main():
     args = parse(Config(), __doc__)
-    require(min(args.seeds, args.steps, args.rm_steps, args.n) >= 1 and min(args.limit, args.batch_size) >= 2,
-            f"--seeds {args.seeds} --steps {args.steps} --rm-steps {args.rm_steps} --n {args.n}: expected 1 or more; --limit {args.limit} "
-            f"--batch-size {args.batch_size}: 2 or more")
+    for name, least in dict(seeds=1, steps=1, copies=1, rm_steps=1, n=1, limit=2, batch_size=2).items():
+        require(getattr(args, name) >= least, f"--{name.replace('_', '-')} {getattr(args, name)}: expected {least} or more")
     device = pick_device(args.device)
     expert = load_reward(args.expert, device)
-    runs, common = settings(args, expert.differentiable), ["--device", args.device, "--precision", args.precision]
-    out = make_folder(args.out)
-    record, made_with = out / "config.json", dataclasses.asdict(dataclasses.replace(args, out="")) | {"pocket": fingerprint()}
+    out, common = make_folder(args.out), ["--device", args.device, "--precision", args.precision]
+    here = lambda spec: spec.replace(f"{POCKET.parent}/", "")  # the same in a checkout elsewhere
+    made_with = dataclasses.asdict(args) | {"out": "", "expert": here(args.expert), "judge": here(args.judge), "pocket": fingerprint()}
+    record = out / "config.json"
     before = read_json(record) if record.is_file() else made_with
     changed = [key for key in made_with if key not in ("seeds", "device") and before.get(key) != made_with[key]]
     require(not changed, f"--out {args.out}: holds runs with another {', '.join(changed)}; give another folder")
     write_whole(record, json.dumps(made_with, indent=2) + "\n")
 
     measures = Measures(args, expert, device, pick_precision(args.precision, device))
-    results, rows = {name: [] for name in runs}, [measures.round_trip[:12]]
+    results, rows = {}, [measures.round_trip[:12]]
     for seed in range(args.seeds):
         latent_rm = out / f"latent_rm-seed{seed}"
         if not (latent_rm / "latent_rm").is_dir():
-            python("latent_rm.py", "--data", warped_latents(out / "warped", args.copies), "--out", latent_rm, "--steps", args.rm_steps, "--seed", seed,
-                   "--text-tower", POCKET / "reward" / WEIGHTS, "--no-train-text", *common)
-        for name, options in runs.items():
+            python("latent_rm.py", "--data", warped_latents(out / "warped", args.copies, *common), "--out", latent_rm, "--steps", args.rm_steps,
+                   "--seed", seed, "--text-tower", POCKET / "reward" / WEIGHTS, "--no-train-text", *common)
+        for name, options in settings(args, latent_rm, expert.differentiable).items():
             folder = out / f"{name.replace(',', '').replace(' ', '-')}-seed{seed}"
             if not (folder / "unet_target").is_dir():
                 python("train.py", "--out", folder, "--steps", args.steps, "--batch-size", args.batch_size, "--reward-batch", args.batch_size,
-                       "--seed", seed, "--no-evaluate", *common, *(latent_rm if word == "LRM" else word for word in options))
+                       "--seed", seed, "--no-evaluate", *common, *options)
             images = measures.draw(folder / "unet_target", 2, "lcm", args.n)
-            results[name].append(measures(images) | follows(folder))
+            results.setdefault(name, []).append(measures(images) | follows(folder))
             rows += [images[:12]] if seed == 0 else []
     references = {name: [measures(images)] for name, images in measures.references().items()}
     print(report(references, results))
     write_whole(out / "results.json", json.dumps({"references": references, "results": results}, indent=1))
-    save_png(grid(torch.cat(rows), len(rows[0])), out / "grid.png", rows=", ".join(["real, through the VAE", *runs]))
-    print(f"\n{out / 'grid.png'}: rows are real pictures through the VAE, {', '.join(runs)}\n{out / 'results.json'}")
+    save_png(grid(torch.cat(rows), len(rows[0])), out / "grid.png", rows=", ".join(["real, through the VAE", *results]))
+    print(f"\n{out / 'grid.png'}: rows are real pictures through the VAE, {', '.join(results)}\n{out / 'results.json'}")
 
 
 if __name__ == "__main__":

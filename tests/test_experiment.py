@@ -1,9 +1,11 @@
+import json
 import sys
 
 import pytest
 import torch
 
 from conftest import ROOT, call, rand
+from data import Shards
 
 sys.path.insert(0, str(ROOT / "pocket"))
 import experiment
@@ -77,15 +79,48 @@ def test_lrm_is_compared_with_direct_reward_at_equal_reward():
 
 
 def test_black_box_expert_has_no_direct_runs():
-    names = lambda differentiable: list(experiment.settings(experiment.Config(), differentiable))
-    proxied = ["LRM 1x", "LRM 4x", "LRM 16x", "LRM 16x, never fitted"]
-    assert names(True) == ["plain", "direct 1x", "direct 4x", "direct 16x", *proxied]
+    names = lambda differentiable: list(experiment.settings(experiment.Config(), "LRM", differentiable))
+    proxied = ["LRM 0.25x", "LRM 1x", "LRM 4x", "LRM 16x", "LRM 16x, never fitted"]
+    assert names(True) == ["plain", "direct 0.25x", "direct 1x", "direct 4x", "direct 16x", *proxied]
     assert names(False) == ["plain", *proxied]
+
+
+def test_warped_pictures_keep_their_captions_labels_and_are_made_once(tmp_path, monkeypatch):
+    images, calls = torch.full((3, 3, 64, 64), 255, dtype=torch.uint8), []
+    for i, colour in enumerate(([250, 0, 0], [0, 250, 0], [0, 0, 250])):
+        images[i, :, 8:56, 8:56] = torch.tensor(colour, dtype=torch.uint8)[:, None, None]
+    monkeypatch.setattr(experiment, "read_split", lambda name: (images, ["red, a, b", "green, c", "blue"]) if name == "train" else 1 / 0)
+    monkeypatch.setattr(experiment, "python", lambda script, *options: calls.append(options) or
+                        (tmp_path / "encoded").mkdir() or (tmp_path / "encoded/warped.tar").touch())
+    for _ in range(2):
+        assert experiment.warped_latents(tmp_path, 4) == tmp_path / "encoded"
+    assert len(calls) == 1
+    pairs = [pair for pair in Shards(str(tmp_path / "warped.tar"), 64)]
+    assert len(pairs) == 12 and len({picture.numpy().tobytes() for picture, _ in pairs}) == 12
+    for picture, caption in pairs:
+        colour = ("red", "green", "blue")[picture[:, 24:40, 24:40].mean(dim=(1, 2)).argmax()]
+        assert caption.removeprefix("a ").split(", ")[0] == colour
+
+
+def test_of_the_lrm_that_is_never_fitted_nothing_trains():
+    runs = experiment.settings(experiment.Config(rm_lr=0.5), "LRM", True)
+    value = lambda name, option: runs[name][runs[name].index(option) + 1]
+    assert value("LRM 16x, never fitted", "--rm-image-layers") == value("LRM 16x, never fitted", "--rm-text-layers") == 0
+    assert value("LRM 16x", "--rm-image-layers") >= 4 and value("LRM 4x", "--rm-lr") == 0.5
+    assert value("direct 4x", "--reward-scale") == value("LRM 4x", "--reward-scale") == 2.0 and "--latent-rm" not in runs["direct 4x"]
+
+
+def test_follows_is_the_agreement_in_the_second_half_of_the_log(tmp_path):
+    lines = [{"step": step} | ({"rm_accuracy": share} if share else {}) for step, share in enumerate((0.1, 0.2, 0.5, 0.7))]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert experiment.follows(tmp_path) == {"follows": pytest.approx(0.6)}
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n')
+    assert experiment.follows(tmp_path) == {}
 
 
 @pytest.mark.slow
 def test_experiment_runs_reports_and_resumes(tmp_path, capsys):
-    options = ["--expert", "jpeg", "--seeds", 1, "--steps", 2, "--batch-size", 2, "--rm-steps", 2, "--limit", 12, "--n", 1, "--device", "cpu", "--out", tmp_path]
+    options = ["--expert", "jpeg", "--seeds", 1, "--steps", 2, "--batch-size", 2, "--rm-steps", 2, "--copies", 1, "--limit", 12, "--n", 1, "--device", "cpu", "--out", tmp_path]
     assert call(experiment.main, *options) == 0
     first = capsys.readouterr().out
     assert "| LRM 16x, never fitted |" in first and "| real pictures |" in first and (tmp_path / "grid.png").is_file()

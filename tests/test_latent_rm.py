@@ -68,6 +68,14 @@ def test_accuracy_is_the_share_of_pairs_ranked_alike():
     assert preference_accuracy(torch.tensor([[3.0, 2, 1], [1, 2, 3]]), torch.tensor([[0.2, 0.3, 0.1], [3, 2, 1]])).item() == pytest.approx(2 / 6)
 
 
+def test_what_the_expert_does_not_tell_apart_is_no_preference():
+    # of the pairs of 1 = 1 < 2 the first is tied; the LRM has (0, 2) right and (1, 2) wrong
+    assert preference_accuracy(torch.tensor([[1.0, 1, 2]]), torch.tensor([[0.0, 5, 3]])).item() == 0.5
+    assert preference_accuracy(torch.ones(2, 3), rand(2, 3)).item() == 0
+    one, other = (preference_loss(torch.zeros(1, 2), torch.tensor([scores]), kind="ce").item() for scores in ((0.0, math.log(3)), (math.log(3), 0.0)))
+    assert one == pytest.approx(other) == pytest.approx((math.log(4) + math.log(4 / 3)) / 2, rel=1e-5)
+
+
 def test_kl_is_zero_where_the_preferences_agree():
     scores = rand(5, 3)
     assert preference_loss(scores, scores + 7).item() == pytest.approx(0, abs=1e-6)
@@ -171,6 +179,14 @@ def test_text_is_read_causally(saved):
     assert text.attn_mask.device.type == "cpu" and torch.isinf(text.attn_mask.triu(1)[0, 1:]).all() and not text.attn_mask.tril().any()
 
 
+def test_a_save_that_is_cut_short_leaves_nothing(saved, tmp_path, monkeypatch):
+    latent_rm, _ = saved
+    monkeypatch.setattr(latent_rm, "tokenizer", None)  # fails after the weights are written
+    with pytest.raises(AttributeError):
+        latent_rm.save_pretrained(tmp_path / "other")
+    assert [p.name for p in tmp_path.iterdir()] == ["latent_rm"]
+
+
 def test_truncated_weights_are_refused_by_name(saved):
     file = saved[1] / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
@@ -186,6 +202,15 @@ def test_clip_loss_equals_the_hand_computed_number():
     assert loss.item() == pytest.approx(-math.log(softmax(2, 0)[0]), rel=1e-5)
 
 
+def test_the_scale_of_the_logits_stops_at_100_and_may_come_down_again(pretrain, tmp_path):
+    assert pretrain(tmp_path, lr=1.0, warmup=1, steps=4) == 0  # the first step of AdamW moves a weight by the rate
+    scales = [scale for scale, in log(tmp_path, "logit_scale")]
+    assert max(scales) <= 100 * (1 + 1e-5)
+    image, text, scale = torch.eye(2), torch.eye(2).flip(0), torch.tensor(math.log(100.0)).requires_grad_()
+    clip_loss(image, text, scale).backward()
+    assert scale.grad > 0
+
+
 @pytest.fixture
 def pretrain(model_folder, shard, monkeypatch):
     """pretrain(out, ...): latent_rm.py in this process, with a tiny size -> exit code."""
@@ -197,7 +222,9 @@ def pretrain(model_folder, shard, monkeypatch):
 def options(model_folder, shard, out, **changes):
     values = dict(model=model_folder, data=shard, heldout=shard, out=out, resolution=32, batch_size=4, steps=4, warmup=2, lr=1e-3, log_every=1,
                   checkpoint_every=2, heldout_every=2, device="cpu", precision="fp32") | changes
-    return [str(word) for key, value in values.items() for word in (f"--{key.replace('_', '-')}", value)] + ["--no-compile"]
+    switches = {key: values.pop(key, False) for key in ("compile", "grad_checkpoint")}
+    return [str(word) for key, value in values.items() for word in (f"--{key.replace('_', '-')}", value)] + [
+        f"--{'' if on else 'no-'}{key.replace('_', '-')}" for key, on in switches.items()]
 
 
 def log(out, *keys):
@@ -241,6 +268,29 @@ def test_stopped_and_resumed_pre_training_equals_one_run_bit_for_bit(pretrain, t
     assert (out / "latent_rm" / WEIGHTS).read_bytes() == (whole / "latent_rm" / WEIGHTS).read_bytes()
     keys = "step", "loss", "grad_norm", "logit_scale", "retrieval", "lr"
     assert log(out, *keys) == log(whole, *keys) and len(log(out)) == 6
+
+
+def test_weight_decay_is_on_matrices_alone(pretrain, tmp_path):
+    for decay in (0, 50):  # times lr: matrices shrink by 5% a step
+        assert pretrain(tmp_path / str(decay), steps=1, warmup=1, weight_decay=decay) == 0
+    without, decayed = weights(tmp_path / "0"), weights(tmp_path / "50")
+    assert all(torch.equal(without[name], decayed[name]) == (without[name].ndim < 2) for name in without)
+
+
+def follow_float32(pretrain, out, **more):
+    assert pretrain(out / "fp32") == 0 and pretrain(out / "bf16", precision="bf16", grad_checkpoint=True, **more) == 0
+    for (one,), (two,) in zip(log(out / "fp32", "loss"), log(out / "bf16", "loss"), strict=True):
+        assert two == pytest.approx(one, rel=0.05)
+    assert {value.dtype for value in weights(out / "bf16").values()} == {torch.float32}
+
+
+def test_bf16_follows_float32(pretrain, tmp_path):
+    follow_float32(pretrain, tmp_path)
+
+
+@pytest.mark.cuda
+def test_bf16_and_compile_on_cuda_follow_float32(pretrain, tmp_path):
+    follow_float32(pretrain, tmp_path, device="cuda", compile=True)
 
 
 def test_two_processes_compare_the_pairs_of_both(model_folder, shard, tmp_path):
