@@ -20,6 +20,7 @@ import hashlib
 import io
 import json
 import random
+import re
 import sys
 import tarfile
 from dataclasses import dataclass
@@ -40,15 +41,12 @@ from unet import UNet
 from weights import WEIGHTS, read_json, write_whole
 
 
-SCALES = (0.25, 1, 4, 16)  # times --scale
-ALL = 99  # more layers than any LRM here has
-
-
 @dataclass
 class Config:
     expert: str = option("pocket", "reward model that training maximises (reward.py)")
     judge: str = option(f"pocket={POCKET / 'judge'}", "another CLIP, that no training sees")
     scale: float = option(0.5, "reward scale 1x")
+    scales: str = option("0.25,1,4,16", "times that")
     seeds: int = option(3, "runs of each setting")
     steps: int = option(150, "optimizer steps of a run")
     batch_size: int = option(16, "pictures a step, all rewarded")
@@ -154,14 +152,15 @@ def warped_latents(folder, copies, *options):
 def settings(args, latent_rm, differentiable):
     """{name: options of train.py}. latent_rm: the run folder of its pre-training."""
     def rewarded(times, *options):
-        return ["--reward", args.expert, "--reward-scale", args.scale * times, *options]
+        return ["--reward", args.expert, "--reward-scale", args.scale * float(times), *options]
 
     def proxied(times, layers):
         return rewarded(times, "--latent-rm", latent_rm, "--rm-lr", args.rm_lr, "--rm-tau", args.rm_tau, "--rm-batch", args.rm_batch,
                         "--rm-image-layers", layers, "--rm-text-layers", 0)
 
-    return ({"plain": ["--reward", "none"]} | {f"direct {times}x": rewarded(times) for times in SCALES if differentiable}
-            | {f"LRM {times}x": proxied(times, ALL) for times in SCALES} | {f"LRM {SCALES[-1]}x, never fitted": proxied(SCALES[-1], 0)})
+    every, scales = 99, args.scales.split(",")  # 99: more layers than any LRM here has
+    return ({"plain": ["--reward", "none"]} | {f"direct {times}x": rewarded(times) for times in scales if differentiable}
+            | {f"LRM {times}x": proxied(times, every) for times in scales} | {f"LRM {scales[-1]}x, never fitted": proxied(scales[-1], 0)})
 
 
 def follows(folder):
@@ -222,6 +221,7 @@ def main():
     args = parse(Config(), __doc__)
     for name, least in dict(seeds=1, steps=1, copies=1, rm_steps=1, n=1, limit=2, batch_size=2).items():
         require(getattr(args, name) >= least, f"--{name.replace('_', '-')} {getattr(args, name)}: expected {least} or more")
+    require(re.fullmatch(r"[0-9.]+(,[0-9.]+)*", args.scales), f"--scales {args.scales}: expected numbers such as 1,4,16")
     device = pick_device(args.device)
     expert = load_reward(args.expert, device)
     out, common = make_folder(args.out), ["--device", args.device, "--precision", args.precision]
