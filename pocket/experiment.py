@@ -221,7 +221,7 @@ def main():
     args = parse(Config(), __doc__)
     for name, least in dict(seeds=1, steps=1, copies=1, rm_steps=1, n=1, limit=2, batch_size=2).items():
         require(getattr(args, name) >= least, f"--{name.replace('_', '-')} {getattr(args, name)}: expected {least} or more")
-    require(re.fullmatch(r"[0-9.]+(,[0-9.]+)*", args.scales), f"--scales {args.scales}: expected numbers such as 1,4,16")
+    require(re.fullmatch(r"\d*\.?\d+(,\d*\.?\d+)*", args.scales), f"--scales {args.scales}: expected numbers such as 1,4,16")
     device = pick_device(args.device)
     expert = load_reward(args.expert, device)
     out, common = make_folder(args.out), ["--device", args.device, "--precision", args.precision]

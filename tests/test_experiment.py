@@ -110,6 +110,13 @@ def test_of_the_lrm_that_is_never_fitted_nothing_trains():
     assert value("direct 4x", "--reward-scale") == value("LRM 4x", "--reward-scale") == 2.0 and "--latent-rm" not in runs["direct 4x"]
 
 
+@pytest.mark.parametrize("scales", ["1..2", "1,,4", "much", "1,4,"])
+def test_scales_that_are_no_numbers_are_one_line_and_exit_code_2(scales, tmp_path, capsys):
+    assert call(experiment.main, "--scales", scales, "--out", tmp_path) == 2
+    message = capsys.readouterr().err
+    assert f"--scales {scales}" in message and message.count("\n") == 1
+
+
 def test_follows_is_the_agreement_in_the_second_half_of_the_log(tmp_path):
     lines = [{"step": step} | ({"rm_accuracy": share} if share else {}) for step, share in enumerate((0.1, 0.2, 0.5, 0.7))]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
