@@ -33,14 +33,14 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import single_file
 from cli import autocast, fast_attention, option, parse, peak_memory, pick_device, pick_precision, require, run
-from latent_rm import frozen, new_latent_rm
+from latent_rm import new_latent_rm
 from latent_rm import Config as LatentRMTraining
 from lcm_solver import DDIMSolver, NoiseSchedule, guidance_embedding
 from reward import ClipReward, load_reward
 from sample import POCKET, Model
 from text_encoder import TextEncoder
 from train import Config as TrainConfig
-from train import W_DIM, direct_reward, distillation_loss, latent_reward
+from train import W_DIM, direct_reward, distillation_loss, latent_reward, proxy_loss
 from unet import UNet, UNetConfig
 from vae import VAE
 from weights import InputError, load_tokenizer
@@ -102,13 +102,14 @@ def reward_work(model, reward, latent_rm, z, prompts, settings):
         return call
 
     def student():
-        text = latent_rm.text_features(prompts).detach()
-        with frozen(latent_rm):
-            return (latent_rm.image_features(prediction / model.vae.config.scaling_factor) * text).sum()
+        return latent_reward(model, latent_rm, prediction, latent_rm.text_features(prompts))
+
+    def latent():
+        text, candidates = latent_rm.text_features(prompts), {"prediction": z, "target": z, "real": z}
+        return latent_reward(model, latent_rm, prediction, text) + proxy_loss(model, latent_rm, reward, candidates, prompts, text, settings)[0]
 
     return {"reward_direct": run(lambda: direct_reward(model, reward, prediction, prompts, settings)[0]),
-            "reward_latent": run(lambda: sum(latent_reward(model, latent_rm, reward, prediction, z, z, prompts, settings)[:2])),
-            "reward_student": run(student)}
+            "reward_latent": run(latent), "reward_student": run(student)}
 
 
 def work(args, model, unet, trained):

@@ -29,12 +29,13 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
 class Shards(torch.utils.data.Dataset):
     """path: a tar, a folder of tars, or a glob. Item i -> (tensor, caption); the tensor is an image [3,R,R] in [-1,1] (shortest
-    side resized to `resolution`, centre crop) or, where the shards are pre-encoded, the float32 posterior [2,4,h,w]."""
+    side resized to `resolution`, centre crop) or, where the shards are pre-encoded, the float32 posterior [2,4,h,w]. name: of the option
+    that gave the path, for messages."""
 
-    def __init__(self, path, resolution):
+    def __init__(self, path, resolution, name="--data"):
         self.resolution = resolution
         self.files = sorted(glob.glob(str(Path(path) / "*.tar") if Path(path).is_dir() else str(path)))
-        require(self.files, f"--data {path}: no such shards; expected a .tar, a folder of them, or a glob such as 'shards/*.tar'")
+        require(self.files, f"{name} {path}: no such shards; expected a .tar, a folder of them, or a glob such as 'shards/*.tar'")
         rows = []  # file number, offset and size of the picture or posterior, offset and size of the caption
         suffixes = set()
         for number, file in enumerate(self.files):
@@ -60,6 +61,13 @@ class Shards(torch.utils.data.Dataset):
         self.encoded = suffixes.pop()
         require(not self.encoded or (self.samples[:, 2] == self.samples[0, 2]).all(),
                 f"{path}: latents of several sizes; give shards that were encoded at one resolution")
+        if self.encoded:
+            shape = tuple(self[0][0].shape)
+            require(len(shape) == 4 and shape[0] == 2 and shape[2] == shape[3], f"{self.files[0]}: posteriors {shape}; expected (2, C, s, s), mean and "
+                                                                                f"std, as data.py writes them")
+            for record in {Path(file).parent / "config.json" for file in self.files}:
+                encoded_at = read_json(record).get("resolution", resolution) if record.is_file() else resolution
+                require(encoded_at == resolution, f"{path}: encoded at --resolution {encoded_at}, now {resolution}; give the same, or encode them again")
 
     def __len__(self):
         return len(self.samples)

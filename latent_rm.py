@@ -30,7 +30,7 @@ from data import POCKET, Shards, batches, positions, random_draws
 from reward_weights import open_clip_weights
 from runs import Log, RunConfig, average_over_processes, open_run, rate_factor, save_checkpoint, setup_processes
 from vae import VAE
-from weights import InputError, find_component, load_component, load_strictly, load_tokenizer, save_component, whole_folder
+from weights import InputError, find_component, load_component, load_strictly, load_tokenizer, local, save_component, whole_folder
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class LatentRM(nn.Module):
         folder = find_component(path, "latent_rm").folder
         words = next((f / "tokenizer" for f in (folder, folder.parent) if (f / "tokenizer").is_dir()), folder / "tokenizer")
         latent_rm.tokenizer = load_tokenizer(words)
-        require(len(latent_rm.tokenizer) <= latent_rm.config.vocab_size, f"{words}: {len(latent_rm.tokenizer)} tokens, but {folder}/config.json "
+        require(len(latent_rm.tokenizer) == latent_rm.config.vocab_size, f"{words}: {len(latent_rm.tokenizer)} tokens, but {folder}/config.json "
                                                                          f"says vocab_size {latent_rm.config.vocab_size}: do they belong together?")
         return latent_rm
 
@@ -150,6 +150,12 @@ def frozen(module):
             p.requires_grad_(True)
 
 
+def in_pairs(scores):
+    """[B, K], K candidates for the same prompt -> [B, K(K-1)/2, 2], each two of them."""
+    require(scores.shape[1] >= 2, f"scores {tuple(scores.shape)}: expected [B, K] with K >= 2 candidates to compare")
+    return scores[:, torch.combinations(torch.arange(scores.shape[1], device=scores.device))]
+
+
 def preference_loss(expert_scores, lrm_scores, tau=1.0, tau_lrm=1.0, kind="kl"):
     """How far the LRM's preference in each pair of candidates is from the expert's (RG-LCD, eq. 11).
 
@@ -157,8 +163,8 @@ def preference_loss(expert_scores, lrm_scores, tau=1.0, tau_lrm=1.0, kind="kl"):
     KL(softmax(expert / tau) || softmax(lrm / tau_lrm)); "ce" is the cross-entropy on the candidate that the expert
     prefers, and on both alike where it prefers none. Mean over the batch, summed over pairs; the gradient reaches lrm_scores only.
     """
-    pairs = torch.combinations(torch.arange(expert_scores.shape[1], device=expert_scores.device))  # [P, 2]
-    expert, lrm = expert_scores.detach().float()[:, pairs], lrm_scores.float()[:, pairs]  # [B, P, 2]
+    require(kind in ("kl", "ce"), f"kind {kind!r}: expected kl or ce")
+    expert, lrm = in_pairs(expert_scores.detach().float()), in_pairs(lrm_scores.float())
     log_q = F.log_softmax(lrm / tau_lrm, dim=-1)
     if kind == "ce":
         chosen = ((expert - expert.flip(-1)).sign() + 1) / 2  # 1 and 0, or 1/2 and 1/2
@@ -170,8 +176,7 @@ def preference_loss(expert_scores, lrm_scores, tau=1.0, tau_lrm=1.0, kind="kl"):
 def preference_accuracy(expert_scores, lrm_scores):
     """Both [B, K], K candidates for the same prompt -> the share of the B K(K-1)/2 pairs that the LRM ranks as the expert does, not
     counting those in which the expert prefers none (0 if there are no others)."""
-    pairs = torch.combinations(torch.arange(expert_scores.shape[1], device=expert_scores.device))  # [P, 2]
-    expert, lrm = (scores[:, pairs].diff(dim=-1).sign() for scores in (expert_scores, lrm_scores))
+    expert, lrm = (in_pairs(scores).diff(dim=-1).sign() for scores in (expert_scores, lrm_scores))
     return (expert * lrm > 0).sum() / (expert != 0).sum().clamp(min=1)
 
 
@@ -238,18 +243,21 @@ def check(args):
         require(getattr(args, name) >= 1, f"--{name.replace('_', '-')} {getattr(args, name)}: expected 1 or more")
     require(args.workers >= 0, f"--workers {args.workers}: expected 0 or more")
     require(args.lr > 0, f"--lr {args.lr}: expected more than 0")
+    require(args.weight_decay >= 0, f"--weight-decay {args.weight_decay}: expected 0 or more")
+    require(args.train_text or args.text_tower is not None, "--no-train-text keeps the text tower as it is, which without --text-tower is noise: give one")
     require(args.batch_size >= 2, f"--batch-size {args.batch_size}: expected 2 or more, the loss tells pairs from each other")
 
 
 def new_latent_rm(args, shape):
     """A new LatentRM for latents of that shape (C, s, s), the same on every process."""
     sizes, (channels, side, _) = SIZES[args.size], shape
-    tokenizer = single_file.tokenizer("sd2", load_tokenizer) if args.size == "sd21" else load_tokenizer(Path(args.model) / "tokenizer")
+    tokenizer = single_file.tokenizer("sd2", load_tokenizer) if args.size == "sd21" else load_tokenizer(local(args.model, "tokenizer") / "tokenizer")
+    require(tokenizer.model_max_length < 10**6, f"{args.model}: its tokenizer/ says no model_max_length; copy tokenizer_config.json there")
     config = LatentRMConfig(channels, side, context_length=tokenizer.model_max_length, vocab_size=len(tokenizer), **sizes)
     require(side % config.patch_size == 0, f"--resolution {args.resolution}: latents of side {side}, expected a multiple of the patch size {config.patch_size}")
     torch.manual_seed(args.seed)
     latent_rm = LatentRM(config, tokenizer)
-    if args.text_tower:
+    if args.text_tower is not None:
         try:
             latent_rm.read_text_tower(args.text_tower)
         except InputError as error:
@@ -264,7 +272,7 @@ def main():
     main_process, out = rank == 0, Path(args.out)
     newest, start = open_run(args, rank, world)
 
-    shards, heldout = Shards(args.data, args.resolution), Shards(args.heldout, args.resolution)
+    shards, heldout = Shards(args.data, args.resolution), Shards(args.heldout, args.resolution, "--heldout")
     vae = None if shards.encoded and heldout.encoded else VAE.from_pretrained(args.model, dtype, device).requires_grad_(False)
     require(vae is None or args.resolution % vae.factor == 0, f"--resolution {args.resolution}: expected a multiple of {vae and vae.factor}")
 
@@ -274,9 +282,9 @@ def main():
         parts = [part.unbind(1) if part.ndim == 5 else vae.posterior(part) for part in tensors.to(device, non_blocking=True).split(32)]
         return [torch.cat(column).float() for column in zip(*parts)]
 
-    seen, seen_captions = zip(*(heldout[i] for i in range(min(256, len(heldout)))))
-    seen, shape = posterior(torch.stack(seen))[0], tuple(posterior(shards[0][0][None])[0].shape[1:])
-    require(seen.shape[1:] == shape, f"--heldout {args.heldout}: latents {tuple(seen.shape[1:])}, those of --data are {shape}; encode both alike")
+    heldout_tensors, heldout_captions = zip(*(heldout[i] for i in range(min(256, len(heldout)))))
+    heldout_latents, shape = posterior(torch.stack(heldout_tensors))[0], tuple(posterior(shards[0][0][None])[0].shape[1:])
+    require(heldout_latents.shape[1:] == shape, f"--heldout {args.heldout}: latents {tuple(heldout_latents.shape[1:])}, those of --data are {shape}; encode both alike")
 
     latent_rm = (LatentRM.from_pretrained(newest / "latent_rm") if newest else new_latent_rm(args, shape)).to(device).train()
     latent_rm.text.requires_grad_(args.train_text).set_grad_checkpointing(args.grad_checkpoint)
@@ -320,7 +328,7 @@ def main():
                     "lr": optimizer.param_groups[0]["lr"]}
             if look and main_process:
                 with log.pause(), autocast(device, dtype):
-                    line["retrieval"] = retrieval(latent_rm, seen, seen_captions)
+                    line["retrieval"] = retrieval(latent_rm, heldout_latents, heldout_captions)
             log(line, ("loss", "retrieval"), "lower --lr")
         if main_process and (done % args.checkpoint_every == 0 or done == args.steps):
             with log.pause():
@@ -329,8 +337,8 @@ def main():
     if main_process:
         latent_rm.save_pretrained(out / "latent_rm")
         with autocast(device, dtype):
-            found = retrieval(latent_rm, seen, seen_captions)
-        print(f"held-out latents that find their caption among {len(seen)}: {found:.1%}\n{out / 'latent_rm'}")
+            found = retrieval(latent_rm, heldout_latents, heldout_captions)
+        print(f"held-out latents that find their caption among {len(heldout_latents)}: {found:.1%}\n{out / 'latent_rm'}")
     if world > 1:
         dist.destroy_process_group()
 

@@ -258,6 +258,7 @@ class BlackBox(Reward):
             scores = torch.tensor([float(score) for score in scores])
         except (TypeError, ValueError) as error:
             raise InputError(f"{self.name}: gave no sequence of numbers ({error}); expected {len(text)}, one an image") from None
+        require(scores.isfinite().all(), f"{self.name}: gave NaN or infinity; expected finite numbers")
         require(len(scores) == len(text), f"{self.name}: gave {len(scores)} numbers for {len(text)} images; expected one an image")
         return scores.to(images.device)
 

@@ -75,6 +75,10 @@ class Model:
                 f"{self.text_encoder.dim}: do the UNet and the model belong together?")
         return unet
 
+    def decode(self, latents):
+        """Scaled latents [B,4,h,w] -> images [B,3,H,W] in [0,1], float32."""
+        return (self.vae.decode(latents).float() / 2 + 0.5).clamp(0, 1)
+
     @torch.no_grad()
     def draw(self, unet, prompts, seeds, steps, w, solver="lcm", size=None, negative="", progress=iter):
         """B prompts and B seeds -> images [B,3,H,W] in [0,1], float32. size: (H, W) in pixels; negative: prompt that ddim's
@@ -90,8 +94,7 @@ class Model:
                 latents = sample_lcm(unet, self.schedule, latents, context, w, steps, generators, progress)
             else:
                 latents = sample_ddim(unet, self.schedule, latents, context, self.text_encoder([negative]), w, steps, progress)
-            images = self.vae.decode(latents)
-        return (images.float() / 2 + 0.5).clamp(0, 1)
+            return self.decode(latents)
 
     @torch.no_grad()
     def round_trip(self, images):
@@ -99,7 +102,7 @@ class Model:
         decoded = []
         for part in (2 * images - 1).split(64):
             latents = self.vae.posterior(part.to(self.device))[0] * self.vae.config.scaling_factor
-            decoded.append((self.vae.decode(latents).float().cpu() / 2 + 0.5).clamp(0, 1))
+            decoded.append(self.decode(latents).cpu())
         return torch.cat(decoded)
 
 

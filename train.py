@@ -54,7 +54,7 @@ class Config(RunConfig):
     reward_batch: int = option(16, "rows of a pass that are rewarded (and decoded, without --latent-rm)")
     latent_rm: str | None = option(None, "latent proxy reward model (LRM) to reward through; --reward is the expert that it follows")
     rm_lr: float = option(3.3e-6, "learning rate of the LRM (as published; the pocket needs 1e-4)")
-    rm_batch: int = option(16, "rows of a pass that the expert compares for the LRM, three decoded pictures each")
+    rm_batch: int = option(8, "rows of a pass that the expert compares for the LRM, three decoded pictures each: what that path costs")
     rm_image_layers: int = option(2, "last blocks of the LRM's image tower that train")
     rm_text_layers: int = option(5, "last blocks of the LRM's text tower that train")
     rm_loss: str = option("kl", "divergence of the two preferences, or cross-entropy on the expert's choice", choices=("kl", "ce"))
@@ -89,50 +89,51 @@ def distillation_loss(model, teacher, student, target, reward, solver, batch, ar
         goal = consistency_function(target, schedule, z_t, t, context, w)
 
     prediction = consistency_function(student, schedule, z_s, s, context, w)
-    loss = lcd = huber(prediction, goal)  # L_LCD
-    rm_loss, stats = 0.0, {"lcd": lcd.detach()}
+    lcd = huber(prediction, goal)  # L_LCD
+    score, rm_loss, stats = 0.0, 0.0, {}
+    rewarded, compared = slice(args.reward_batch), slice(args.rm_batch)
     if latent_rm is not None:
-        score, rm_loss, more = latent_reward(model, latent_rm, reward, prediction, goal, z, captions, args)
-        loss, stats = lcd - args.reward_scale * score, stats | more
+        text = latent_rm.text_features(captions[:max(args.reward_batch, args.rm_batch)])
+        score = latent_reward(model, latent_rm, prediction[rewarded], text[rewarded])
+        candidates = {"prediction": prediction.detach()[compared], "target": goal[compared], "real": z[compared]}
+        rm_loss, stats = proxy_loss(model, latent_rm, reward, candidates, captions[compared], text[compared], args)
+        stats["rm_score"] = score.detach()
     elif reward is not None:
-        score, more = direct_reward(model, reward, prediction[:args.reward_batch], captions[:args.reward_batch], args)
-        loss, stats = lcd - args.reward_scale * score, stats | more  # eq. 8
-    return loss + rm_loss, stats | {"loss": loss.detach()}
+        score, stats = direct_reward(model, reward, prediction[rewarded], captions[rewarded], args)
+    loss = lcd - args.reward_scale * score  # eq. 8
+    return loss + rm_loss, {"lcd": lcd.detach()} | stats | {"loss": loss.detach()}
 
 
 def direct_reward(model, reward, latents, captions, args):
     """The reward of the decoded pictures. Scaled latents [B,4,h,w] -> mean score with gradient to them, {name: detached scalar}"""
-    decode = model.vae.decode
     if args.grad_checkpoint:  # one picture at a time: the backward pass then holds the activations of one
-        decode = lambda latents: torch.cat([checkpoint(model.vae.decode, row, use_reentrant=False) for row in latents.split(1)])
-    images = (decode(latents).float() / 2 + 0.5).clamp(0, 1)
+        images = torch.cat([checkpoint(model.decode, row, use_reentrant=False) for row in latents.split(1)])
+    else:
+        images = model.decode(latents)
     parts = {name: scores.mean() for name, scores in reward.parts(images, captions).items()}
     score = sum(reward.weights[name] * part for name, part in parts.items())
     return score, {"reward": score.detach()} | {f"reward/{name}": part.detach() for name, part in parts.items() if len(parts) > 1}
 
 
-def latent_reward(model, latent_rm, reward, prediction, goal, z, captions, args):
-    """The reward through the latent proxy (section 4.2), and the proxy's own loss. Scaled latents [B,4,h,w] each: the student's
-    prediction, the EMA target, the real one -> mean score with gradient to the prediction only, loss with gradient to the LRM
-    only, {name: detached scalar}"""
-    unscaled = lambda latents: latents / model.vae.config.scaling_factor
-    text = latent_rm.text_features(captions[:max(args.reward_batch, args.rm_batch)])
-    with frozen(latent_rm):  # student <- LRM: nothing is decoded. A compiled tower has a graph of its own for inputs that need gradients
-        image = latent_rm.image_features(unscaled(prediction[:args.reward_batch]))
-        score = (image * text[:args.reward_batch].detach()).sum(dim=1).mean()
+def latent_reward(model, latent_rm, latents, text):
+    """The reward through the latent proxy (section 4.2): nothing is decoded. Scaled latents [B,4,h,w] and the proxy's features of their
+    captions [B,D] -> mean score with gradient to the latents only"""
+    with frozen(latent_rm):  # a compiled tower has a graph of its own for inputs that need gradients
+        image = latent_rm.image_features(latents / model.vae.config.scaling_factor)
+    return (image * text.detach()).sum(dim=1).mean()
 
-    captions, text = captions[:args.rm_batch], text[:args.rm_batch]
-    candidates = {"prediction": prediction.detach()[:args.rm_batch], "target": goal[:args.rm_batch], "real": z[:args.rm_batch]}
-    with torch.no_grad():  # expert: compares decoded pictures
-        pictures = [(model.vae.decode(latents).float() / 2 + 0.5).clamp(0, 1) for latents in candidates.values()]
-        expert = torch.stack([reward(images, captions) for images in pictures], dim=1)  # [B, 3]
-    # LRM <- expert
-    image = latent_rm.image_features(unscaled(torch.cat(list(candidates.values())))).unflatten(0, (3, -1))  # [3, B, D]
-    lrm = (image * text).sum(dim=-1).T  # [B, 3]
-    rm_loss = preference_loss(expert, lrm, args.rm_tau, args.rm_tau_lrm, args.rm_loss)
-    stats = {"rm_score": score.detach(), "rm_loss": rm_loss.detach(), "rm_accuracy": preference_accuracy(expert, lrm.detach()),
-             "reward": expert[:, 0].mean()} | {f"expert/{name}": expert[:, i].mean() for i, name in enumerate(candidates)}
-    return score, rm_loss, stats
+
+def proxy_loss(model, latent_rm, reward, candidates, captions, text, args):
+    """What the proxy learns: to prefer among decoded candidates what the expert prefers. candidates: {name: scaled latents [B,4,h,w]}
+    without gradient; text: the proxy's features [B,D] of the B captions -> loss with gradient to the LRM only, {name: detached scalar}"""
+    with torch.no_grad():
+        expert = torch.stack([reward(model.decode(latents), captions) for latents in candidates.values()], dim=1)  # [B, K]
+    latents = torch.cat(list(candidates.values())) / model.vae.config.scaling_factor
+    image = latent_rm.image_features(latents).unflatten(0, (len(candidates), -1))  # [K, B, D]
+    lrm = (image * text).sum(dim=-1).T  # [B, K]
+    loss = preference_loss(expert, lrm, args.rm_tau, args.rm_tau_lrm, args.rm_loss)
+    return loss, {"rm_loss": loss.detach(), "rm_accuracy": preference_accuracy(expert, lrm.detach()), "reward": expert[:, 0].mean()} | {
+        f"expert/{name}": scores.mean() for name, scores in zip(candidates, expert.T)}
 
 
 # ------------------------------------------------------------------------------------------- the loop
@@ -147,7 +148,7 @@ def check(args):
     require(min(args.rm_image_layers, args.rm_text_layers) >= 0, f"--rm-image-layers {args.rm_image_layers} --rm-text-layers {args.rm_text_layers}: expected 0 or more")
     require(0 <= args.ema < 1, f"--ema {args.ema}: expected 0 <= decay < 1")
     require(args.w_min <= args.w_max, f"--w-min {args.w_min} is more than --w-max {args.w_max}")
-    require(not args.latent_rm or args.reward != "none", f"--latent-rm {args.latent_rm} with --reward none: a proxy needs an expert to follow; give one")
+    require(args.latent_rm is None or args.reward != "none", f"--latent-rm {args.latent_rm} with --reward none: a proxy needs an expert to follow; give one")
 
 
 def main():
@@ -161,18 +162,19 @@ def main():
     model = Model.from_pretrained(args.teacher, device, dtype)
     teacher = model.check(UNet.from_pretrained(args.teacher, device=device, dtype=dtype), args.teacher, student=False).requires_grad_(False)
     reward = None if args.reward == "none" else load_reward(args.reward, device, dtype, args.grad_checkpoint)
-    require(reward is None or reward.differentiable or args.latent_rm, f"--reward {args.reward}: a black box, which gives no "
+    require(reward is None or reward.differentiable or args.latent_rm is not None, f"--reward {args.reward}: a black box, which gives no "
             f"gradient to maximise; it needs a latent proxy reward model (--latent-rm)")
     shards = Shards(args.data, args.resolution)
     solver = DDIMSolver(model.schedule, args.ddim_steps)
     require(args.resolution % model.vae.factor == 0, f"--resolution {args.resolution}: expected a multiple of {model.vae.factor}")
-    trained = dict(w_embed_dim=W_DIM, device=device, lcm_grid=args.ddim_steps, sample_size=args.resolution // model.vae.factor)
+    side = args.resolution // model.vae.factor
+    trained = dict(w_embed_dim=W_DIM, device=device, lcm_grid=args.ddim_steps, sample_size=side)
     student = UNet.from_pretrained(newest / "unet" if newest else args.teacher, **trained).train()
     target = UNet.from_pretrained(newest / "unet_target" if newest else args.teacher, **trained).requires_grad_(False)
     student.checkpointing = args.grad_checkpoint
     weights, target_weights = list(student.parameters()), list(target.parameters())
     networks, latent_rm, rm_weights = {"unet": student, "unet_target": target}, None, []
-    if args.latent_rm:
+    if args.latent_rm is not None:
         networks["latent_rm"] = latent_rm = LatentRM.from_pretrained(newest / "latent_rm" if newest else args.latent_rm, device=device).train()
         rm_weights = latent_rm.train_top(args.rm_image_layers, args.rm_text_layers)
     optimizer = torch.optim.AdamW([{"params": weights}, {"params": rm_weights}], lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
@@ -182,11 +184,12 @@ def main():
         for network in (student, target, teacher, model.vae.encoder, model.vae.decoder):
             network.compile()
         for rewarder in (reward, latent_rm):
-            rewarder is not None and rewarder.compile()
+            if rewarder is not None:
+                rewarder.compile()
 
     rows = args.batch_size * args.grad_accum
     stream = batches(shards, args.seed, start, args.steps, rows, rank, world, args.workers)
-    shape = (model.vae.config.latent_channels, args.resolution // model.vae.factor, args.resolution // model.vae.factor)
+    shape = (model.vae.config.latent_channels, side, side)
     require(not shards.encoded or shards[0][0].shape == (2, *shape),
             f"--resolution {args.resolution} takes posteriors {(2, *shape)}, the shards hold {tuple(shards[0][0].shape)}: encode them at this resolution")
     reads = latent_rm and (latent_rm.config.latent_channels, latent_rm.config.latent_size, latent_rm.config.latent_size)
@@ -228,7 +231,8 @@ def main():
             average_over_processes(list(totals.values()), world)
             line = {"step": done} | {k: v.item() for k, v in (totals | norms).items()} | {"lr": optimizer.param_groups[0]["lr"]}
             for key, value in log(line, ("lcd", "reward"), "lower --lr or --reward-scale").items():
-                board and board.add_scalar(key, value, done)
+                if board:
+                    board.add_scalar(key, value, done)
         if main_process and (done % args.sample_every == 0 or done == args.steps):
             with log.pause():
                 w = (args.w_min + args.w_max) / 2

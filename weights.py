@@ -210,11 +210,14 @@ def files_needed(listing, name):
     """Of the file names of a hub repository, those that component `name` needs."""
     if name == "scheduler":
         return ["scheduler/scheduler_config.json"]
+    if name == "tokenizer":
+        return ["tokenizer/*"]
     inside = f"{name}/" if any(file.startswith(f"{name}/") for file in listing) else ""
     names = [file.removeprefix(inside) for file in listing if file.startswith(inside)]
     chosen = choose_weights(names, name) or ""
     shards = [n for n in names if chosen.endswith(".json") and re.search(r"-of-\d+\.safetensors$", n) and (".fp16" in n) == (".fp16" in chosen)]
-    return [inside + n for n in ["config.json", chosen, *shards] if n] + ["tokenizer/*"] * (name == "text_encoder")
+    words = {"text_encoder": ["tokenizer/*"], "latent_rm": [f"{inside}tokenizer/*"]}
+    return [inside + n for n in ["config.json", chosen, *shards] if n] + words.get(name, [])
 
 
 def load_tokenizer(folder):

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 POCKET = Path(__file__).resolve().parent
 sys.path.insert(0, str(POCKET.parent))
 from build import python, read_split, vary, warp
-from cli import make_folder, option, parse, pick_device, require, run
+from cli import make_folder, option, parse, pick_device, pick_precision, precision_name, require, run
 from data import Shards, add_pair
 from evaluate import draw_all
 from reward import load_reward
@@ -61,6 +61,10 @@ class Config:
     device: str = option("auto", "auto, cpu or cuda")
     precision: str = option("auto", "arithmetic of the trainings; pictures are drawn in float32", choices=("auto", "bf16", "fp32"))
     out: str = option("runs/experiment", "folder for the runs, results.json and grid.png")
+
+
+# What may be given otherwise when the command is repeated: the choice of runs, and how they are measured
+MAY_CHANGE = {"scales", "seeds", "judge", "guidance", "limit", "n", "device", "out"}
 
 
 # ---------------------------------------------------------------- measures
@@ -99,6 +103,7 @@ class Measures:
         real, prompts = zip(*(shards[i] for i in range(min(args.limit, len(shards)))))
         self.args, self.expert, self.prompts, self.real = args, expert, list(prompts), torch.stack(real) / 2 + 0.5
         self.model, self.judge = Model.from_pretrained(str(POCKET), device, dtype), load_reward(args.judge, device)
+        require(hasattr(self.judge, "image_features"), f"--judge {args.judge}: has no image features for the Frechet distance; expected a CLIP, such as pocket=FOLDER")
         self.features, self.round_trip = self.features_of(self.real), self.model.round_trip(self.real)
 
     @torch.no_grad()
@@ -158,7 +163,7 @@ def settings(args, latent_rm, differentiable):
         return rewarded(times, "--latent-rm", latent_rm, "--rm-lr", args.rm_lr, "--rm-tau", args.rm_tau, "--rm-batch", args.rm_batch,
                         "--rm-image-layers", layers, "--rm-text-layers", 0)
 
-    every, scales = 99, args.scales.split(",")  # 99: more layers than any LRM here has
+    every, scales = 99, sorted(args.scales.split(","), key=float)  # 99: more layers than any LRM here has
     return ({"plain": ["--reward", "none"]} | {f"direct {times}x": rewarded(times) for times in scales if differentiable}
             | {f"LRM {times}x": proxied(times, every) for times in scales} | {f"LRM {scales[-1]}x, never fitted": proxied(scales[-1], 0)})
 
@@ -217,23 +222,37 @@ def report(references, results):
     return "\n".join(lines)
 
 
+def check(args):
+    for name, least in dict(seeds=1, steps=1, copies=1, rm_steps=1, rm_batch=1, n=1, limit=2, batch_size=2).items():
+        require(getattr(args, name) >= least, f"--{name.replace('_', '-')} {getattr(args, name)}: expected {least} or more")
+    for name in ("rm_lr", "rm_tau"):
+        require(getattr(args, name) > 0, f"--{name.replace('_', '-')} {getattr(args, name)}: expected more than 0")
+    require(re.fullmatch(r"\d*\.?\d+(,\d*\.?\d+)*", args.scales), f"--scales {args.scales}: expected numbers such as 1,4,16")
+    require(args.expert != "none", "--expert none: expected a reward model (reward.py)")
+
+
+def record(args, out):
+    """Write down what the runs in `out` are made with, or refuse a folder that holds others."""
+    made_with = dataclasses.asdict(args) | {"expert": args.expert.replace(f"{POCKET.parent}/", ""), "pocket": fingerprint()}  # the same in any checkout
+    made_with = {key: value for key, value in made_with.items() if key not in MAY_CHANGE}
+    file = out / "config.json"
+    before = read_json(file) if file.is_file() else made_with
+    changed = [key for key in made_with if before.get(key) != made_with[key]]
+    require(not changed, f"--out {out}: holds runs with another {', '.join(changed)}; give another folder")
+    write_whole(file, json.dumps(made_with, indent=2) + "\n")
+
+
 def main():
     args = parse(Config(), __doc__)
-    for name, least in dict(seeds=1, steps=1, copies=1, rm_steps=1, n=1, limit=2, batch_size=2).items():
-        require(getattr(args, name) >= least, f"--{name.replace('_', '-')} {getattr(args, name)}: expected {least} or more")
-    require(re.fullmatch(r"\d*\.?\d+(,\d*\.?\d+)*", args.scales), f"--scales {args.scales}: expected numbers such as 1,4,16")
+    check(args)
     device = pick_device(args.device)
+    args.precision = precision_name(pick_precision(args.precision, device))  # what "auto" chose is kept when the runs go on elsewhere
     expert = load_reward(args.expert, device)
     out, common = make_folder(args.out), ["--device", args.device, "--precision", args.precision]
-    here = lambda spec: spec.replace(f"{POCKET.parent}/", "")  # the same in a checkout elsewhere
-    made_with = dataclasses.asdict(args) | {"out": "", "expert": here(args.expert), "judge": here(args.judge), "pocket": fingerprint()}
-    record = out / "config.json"
-    before = read_json(record) if record.is_file() else made_with
-    changed = [key for key in made_with if key not in ("seeds", "device") and before.get(key) != made_with[key]]
-    require(not changed, f"--out {args.out}: holds runs with another {', '.join(changed)}; give another folder")
-    write_whole(record, json.dumps(made_with, indent=2) + "\n")
+    # in float32, because bf16's steps near white would hide roughness
+    measures = Measures(args, expert, device, torch.float32)
+    record(args, out)
 
-    measures = Measures(args, expert, device, torch.float32)  # bf16's steps near white would hide roughness
     results, rows = {}, [measures.round_trip[:12]]
     for seed in range(args.seeds):
         latent_rm = out / f"latent_rm-seed{seed}"

@@ -1,4 +1,5 @@
 import io
+import re
 
 import numpy as np
 import pytest
@@ -139,6 +140,20 @@ def test_latents_of_several_sizes_are_refused(tmp_path):
         files += [(f"{side}.npy", buffer.getvalue()), (f"{side}.txt", b"words")]
     with pytest.raises(InputError, match="several sizes"):
         Shards(write_shard(tmp_path / "two.tar", files), 16)
+
+
+@pytest.mark.parametrize("shape", [(4, 8, 8), (3, 4, 8, 8), (2, 4, 8, 12)])
+def test_latents_that_are_no_square_posterior_are_refused(shape, tmp_path):
+    np.save(buffer := io.BytesIO(), np.zeros(shape, np.float16))
+    with pytest.raises(InputError, match=re.escape(str(shape))):
+        Shards(write_shard(tmp_path / "odd.tar", [("a.npy", buffer.getvalue()), ("a.txt", b"words")]), 16)
+
+
+def test_latents_encoded_at_another_resolution_are_refused(shard, model_folder, tmp_path):
+    assert call(data.main, "--data", shard, "--out", tmp_path, "--model", model_folder, "--resolution", 32, "--device", "cpu") == 0
+    for path in (tmp_path, tmp_path / shard.name):
+        with pytest.raises(InputError, match="encoded at --resolution 32, now 64"):
+            Shards(path, 64)
 
 
 def test_pictures_mixed_with_latents_are_refused(shard, tmp_path):

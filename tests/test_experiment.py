@@ -6,6 +6,7 @@ import torch
 
 from conftest import ROOT, call, rand
 from data import Shards
+from weights import InputError
 
 sys.path.insert(0, str(ROOT / "pocket"))
 import experiment
@@ -115,6 +116,26 @@ def test_scales_that_are_no_numbers_are_one_line_and_exit_code_2(scales, tmp_pat
     assert call(experiment.main, "--scales", scales, "--out", tmp_path) == 2
     message = capsys.readouterr().err
     assert f"--scales {scales}" in message and message.count("\n") == 1
+
+
+@pytest.mark.parametrize("options, word", [(("--rm-lr", 0), "--rm-lr 0"), (("--rm-tau", -1), "--rm-tau -1"), (("--rm-batch", 0), "--rm-batch 0"),
+                                           (("--expert", "none"), "--expert none"), (("--judge", "jpeg"), "--judge jpeg"), (("--judge", "pocket=/no/where"), "/no/where")])
+def test_what_no_run_could_use_is_refused_before_the_first_one_and_leaves_no_record(options, word, tmp_path, capsys):
+    assert call(experiment.main, "--device", "cpu", "--limit", 2, "--out", tmp_path, *options) == 2
+    message = capsys.readouterr().err
+    assert word in message and message.count("\n") == 1 and not (tmp_path / "config.json").exists()
+
+
+def test_record_refuses_other_runs_and_lets_the_measures_and_the_choice_of_runs_change(tmp_path):
+    experiment.record(experiment.Config(), tmp_path)
+    experiment.record(experiment.Config(judge="another", n=1, limit=8, seeds=5, scales="1", device="cuda:1", out="elsewhere"), tmp_path)
+    for change, word in (({"rm_lr": 1.0}, "another rm_lr"), ({"steps": 1, "expert": "jpeg"}, "another expert, steps"), ({"precision": "bf16"}, "another precision")):
+        with pytest.raises(InputError, match=word):
+            experiment.record(experiment.Config(**change), tmp_path)
+
+
+def test_scales_are_taken_from_small_to_large():
+    assert list(experiment.settings(experiment.Config(scales="16,1,.5"), "LRM", False)) == ["plain", "LRM .5x", "LRM 1x", "LRM 16x", "LRM 16x, never fitted"]
 
 
 def test_follows_is_the_agreement_in_the_second_half_of_the_log(tmp_path):

