@@ -148,6 +148,8 @@ def check(args):
     require(min(args.rm_image_layers, args.rm_text_layers) >= 0, f"--rm-image-layers {args.rm_image_layers} --rm-text-layers {args.rm_text_layers}: expected 0 or more")
     require(0 <= args.ema < 1, f"--ema {args.ema}: expected 0 <= decay < 1")
     require(args.w_min <= args.w_max, f"--w-min {args.w_min} is more than --w-max {args.w_max}")
+    idle = [f"--{name.replace('_', '-')}" for name, value in vars(args).items() if name.startswith("rm_") and value != getattr(Config, name)]
+    require(args.latent_rm is not None or not idle, f"{', '.join(idle)}: of the latent proxy reward model, and there is none; give --latent-rm too")
     require(args.latent_rm is None or args.reward != "none", f"--latent-rm {args.latent_rm} with --reward none: a proxy needs an expert to follow; give one")
 
 

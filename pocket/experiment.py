@@ -201,24 +201,23 @@ def at_equal_reward(results, name, key):
     return differences
 
 
-def cell(values):
+def cell(values, sign=""):
     values = torch.tensor(values, dtype=torch.float64)
-    return "" if not len(values) else f"{values.mean():.3f}" + (f" ± {values.std():.3f}" if len(values) > 1 else "")
+    return "" if not len(values) else f"{values.mean():{sign}.3f}" + (f" ± {values.std():.3f}" if len(values) > 1 else "")
+
+
+def table(rows, head):
+    return ["| | " + " | ".join(head) + " |", "| --- " * (len(head) + 1) + "|", *("| " + " | ".join(row) + " |" for row in rows)]
 
 
 def report(references, results):
-    """{name: one dict of measures a seed}, twice -> the table, mean ± standard deviation over seeds."""
+    """{name: one dict of measures a seed}, twice -> the tables, mean ± standard deviation over seeds."""
     keys = ["expert", "judge", "distance", "high frequency", "roughness", "follows"]
-    lines = ["| | " + " | ".join(keys) + " |", "| --- " * (len(keys) + 1) + "|"]
-    for name, rows in (references | results).items():
-        lines.append(f"| {name} | " + " | ".join(cell([row[key] for row in rows if key in row]) for key in keys) + " |")
+    lines = table([[name, *(cell([row[key] for row in rows if key in row]) for key in keys)] for name, rows in (references | results).items()], keys)
     if any(name.startswith("direct") for name in results):
-        lines += ["", "At the same expert's score, LRM minus direct (mean ± standard deviation over seeds):", ""]
-        for name in (name for name in results if name.startswith("LRM")):
-            found = {key: at_equal_reward(results, name, key) for key in keys[1:5]}
-            seeds = len(found["judge"])
-            lines.append(f"- {name}: " + (", ".join(f"{key} {cell(v)}" for key, v in found.items()) + f" ({seeds} seeds)" if seeds else
-                                          "no pair of direct runs has its score between them"))
+        differences = {name: [at_equal_reward(results, name, key) for key in keys[1:5]] for name in results if name.startswith("LRM")}
+        lines += ["", "At the same expert's score, LRM minus direct, of the seeds in which direct runs come to that score:", "",
+                  *table([[name, *(cell(found, "+") for found in row), str(len(row[0]))] for name, row in differences.items()], [*keys[1:5], "seeds"])]
     return "\n".join(lines)
 
 

@@ -75,8 +75,8 @@ def test_lrm_is_compared_with_direct_reward_at_equal_reward():
     assert experiment.at_equal_reward(results, "LRM 1x", "judge") == pytest.approx([0.2])  # direct at 0.6: 0.5
     assert experiment.at_equal_reward(results, "LRM 4x", "judge") == []  # direct never reached it
     assert experiment.at_equal_reward(results, "LRM 16x", "judge") == pytest.approx([-0.05])  # 0.55, between plain and 1x
-    assert "- LRM 1x: judge 0.200" in experiment.report({}, {name: [r | dict.fromkeys(("distance", "high frequency", "roughness"), 0.0) for r in rows]
-                                                             for name, rows in results.items()})
+    lines = experiment.report({}, {name: [r | dict.fromkeys(("distance", "high frequency", "roughness"), 0.0) for r in rows] for name, rows in results.items()}).splitlines()
+    assert "| LRM 1x | +0.200 | +0.000 | +0.000 | +0.000 | 1 |" in lines and "| LRM 4x |  |  |  |  | 0 |" in lines and "| LRM 1x | 0.600 | 0.700 | 0.000 | 0.000 | 0.000 |  |" in lines
 
 
 def test_black_box_expert_has_no_direct_runs():

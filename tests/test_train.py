@@ -496,6 +496,8 @@ WRONG = {
     "a reward without gradient": ({"reward": "pocket+jpeg"}, "--latent-rm"),
     "no such proxy": ({"reward": "jpeg", "latent_rm": "/none/lrm"}, "/none/lrm"),
     "a proxy without an expert": ({"latent_rm": "/none/lrm"}, "--reward none"),
+    "options of a proxy that is not there": ({"rm_lr": 1e-4, "rm_loss": "ce"}, "--rm-lr, --rm-loss: of the latent proxy"),
+    "proxy of an empty name": ({"reward": "jpeg", "latent_rm": ""}, "latent_rm/config.json"),
     "temperature 0": ({"rm_tau": 0}, "--rm-tau 0"),
     "fewer than no blocks": ({"rm_text_layers": -1}, "--rm-text-layers -1"),
     "no such data": ({"data": "/none/*.tar"}, "/none"),
