@@ -1,7 +1,7 @@
 """What too much reward does to pictures, and what the latent proxy reward model (LRM) changes, on the pocket.
 
-    python pocket/experiment.py                                       # then the tables and the grid; 3 hours on 2 cores
-    python pocket/experiment.py --steps 150 --lr-schedule cosine --out runs/experiment-short   # before there is too much of anything; 1.5 hours
+    python pocket/experiment.py                                       # then the tables and the grid; 1.5 hours on 2 cores
+    python pocket/experiment.py --steps 450 --lr-schedule constant --scales 0.25,1,4 --out runs/experiment-long
     python pocket/experiment.py --expert jpeg --out runs/experiment-jpeg   # an expert without gradient, so through the LRM alone
 
 For each seed: an LRM is pre-trained with the pocket reward's text tower, on warped training pictures with varied captions; students are
@@ -49,8 +49,8 @@ class Config:
     scale: float = option(0.5, "reward scale 1x")
     scales: str = option("0.25,1,4,16", "times that")
     seeds: int = option(3, "runs of each setting")
-    steps: int = option(450, "optimizer steps of a run")
-    lr_schedule: str = option("constant", "of the runs, after the warm-up", choices=("constant", "cosine"))
+    steps: int = option(150, "optimizer steps of a run")
+    lr_schedule: str = option("cosine", "of the runs, after the warm-up", choices=("constant", "cosine"))
     batch_size: int = option(16, "pictures a step, all rewarded")
     copies: int = option(8, "warped copies of each training picture for the LRM's pre-training")
     rm_steps: int = option(400, "steps of the LRM's pre-training")
