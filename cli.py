@@ -132,3 +132,9 @@ def make_folder(path, name="--out"):
 def require(condition, message):
     if not condition:
         raise InputError(message)
+
+
+def at_least(least, args, *names):
+    """Of the options `args`, those of these names must be so much or more."""
+    for name in names:
+        require(getattr(args, name) >= least, f"--{name.replace('_', '-')} {getattr(args, name)}: expected {least} or more")

@@ -25,7 +25,7 @@ from open_clip.transformer import TextTransformer
 from torch import nn
 
 import single_file
-from cli import autocast, fast_attention, option, parse, require, run
+from cli import at_least, autocast, fast_attention, option, parse, require, run
 from data import POCKET, Shards, batches, positions, random_draws
 from reward_weights import open_clip_weights
 from runs import Log, RunConfig, average_over_processes, open_run, rate_factor, save_checkpoint, setup_processes
@@ -239,11 +239,9 @@ def retrieval(latent_rm, latents, captions):
 
 
 def check(args):
-    for name in ("batch_size", "steps", "resolution", "warmup", "checkpoint_every", "log_every", "heldout_every", "keep"):
-        require(getattr(args, name) >= 1, f"--{name.replace('_', '-')} {getattr(args, name)}: expected 1 or more")
-    require(args.workers >= 0, f"--workers {args.workers}: expected 0 or more")
+    at_least(1, args, "batch_size", "steps", "resolution", "warmup", "checkpoint_every", "log_every", "heldout_every", "keep")
+    at_least(0, args, "workers", "weight_decay")
     require(args.lr > 0, f"--lr {args.lr}: expected more than 0")
-    require(args.weight_decay >= 0, f"--weight-decay {args.weight_decay}: expected 0 or more")
     require(args.train_text or args.text_tower is not None, "--no-train-text keeps the text tower as it is, which without --text-tower is noise: give one")
     require(args.batch_size >= 2, f"--batch-size {args.batch_size}: expected 2 or more, the loss tells pairs from each other")
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 import evaluate
-from cli import autocast, fast_attention, make_folder, option, parse, require, run
+from cli import at_least, autocast, fast_attention, make_folder, option, parse, require, run
 from data import Shards, batches, positions, random_draws
 from latent_rm import LatentRM, frozen, preference_accuracy, preference_loss
 from lcm_solver import DDIMSolver, consistency_function, huber
@@ -139,9 +139,8 @@ def proxy_loss(model, latent_rm, reward, candidates, captions, text, args):
 # ------------------------------------------------------------------------------------------- the loop
 
 def check(args):
-    for name in ("batch_size", "grad_accum", "steps", "warmup", "reward_batch", "rm_batch", "solver_substeps", "resolution", "checkpoint_every", "log_every", "sample_every", "keep"):
-        require(getattr(args, name) >= 1, f"--{name.replace('_', '-')} {getattr(args, name)}: expected 1 or more")
-    require(args.workers >= 0, f"--workers {args.workers}: expected 0 or more")
+    at_least(1, args, "batch_size", "grad_accum", "steps", "warmup", "reward_batch", "rm_batch", "solver_substeps", "resolution", "checkpoint_every", "log_every", "sample_every", "keep")
+    at_least(0, args, "workers")
     require(args.ddim_steps >= 2, f"--ddim-steps {args.ddim_steps}: expected 2 or more, the student's steps")
     for name in ("lr", "rm_lr", "rm_tau", "rm_tau_lrm"):
         require(getattr(args, name) > 0, f"--{name.replace('_', '-')} {getattr(args, name)}: expected more than 0")

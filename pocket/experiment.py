@@ -33,7 +33,7 @@ import torch.nn.functional as F
 POCKET = Path(__file__).resolve().parent
 sys.path.insert(0, str(POCKET.parent))
 from build import python, read_split, vary, warp
-from cli import make_folder, option, parse, pick_device, pick_precision, precision_name, require, run
+from cli import at_least, make_folder, option, parse, pick_device, pick_precision, precision_name, require, run
 from data import Shards, add_pair
 from evaluate import draw_all
 from reward import load_reward
@@ -224,8 +224,8 @@ def report(references, results):
 
 
 def check(args):
-    for name, least in dict(seeds=1, steps=1, copies=1, rm_steps=1, rm_batch=1, n=1, limit=2, batch_size=2).items():
-        require(getattr(args, name) >= least, f"--{name.replace('_', '-')} {getattr(args, name)}: expected {least} or more")
+    at_least(1, args, "seeds", "steps", "copies", "rm_steps", "rm_batch", "n")
+    at_least(2, args, "limit", "batch_size")
     for name in ("rm_lr", "rm_tau"):
         require(getattr(args, name) > 0, f"--{name.replace('_', '-')} {getattr(args, name)}: expected more than 0")
     require(re.fullmatch(r"\d*\.?\d+(,\d*\.?\d+)*", args.scales), f"--scales {args.scales}: expected numbers such as 1,4,16")
