@@ -21,6 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from cli import autocast, make_folder, option, parse, pick_device, pick_precision, require, run
+from runs import same_options
 from weights import InputError, read_json, write_whole
 
 POCKET = Path(__file__).resolve().parent / "pocket"
@@ -190,15 +191,14 @@ def main():
     made_from = {"data": args.data, "model": args.model, "resolution": args.resolution}
     require(len(set(names)) == len(names), f"--data {args.data}: two shards of the same name; encode them into separate folders")
     require(all(Path(file).resolve().parent != Path(args.out).resolve() for file in shards.files), f"--out {args.out}: holds the pictures; give another folder")
-    record = make_folder(args.out) / "config.json"
-    before = read_json(record) if record.is_file() else made_from
-    require(before == made_from, f"--out {args.out}: holds what was encoded with {before}, now {made_from}; give another folder")
-    write_whole(record, json.dumps(made_from, indent=2) + "\n")
+    out = make_folder(args.out)
+    same_options(out, made_from)
+    write_whole(out / "config.json", json.dumps(made_from, indent=2) + "\n")
     groups = {}
     for i, number in enumerate(shards.samples[:, 0].tolist()):
         groups.setdefault(number, []).append(i)
     for number, members in groups.items():
-        target = Path(args.out) / Path(shards.files[number]).name
+        target = out / Path(shards.files[number]).name
         if target.exists():  # encoded by an earlier, interrupted run
             continue
         new = target.with_suffix(".new")

@@ -73,15 +73,8 @@ def open_run(args, rank, world):
     out, settings = Path(args.out), dataclasses.asdict(args) | {"processes": world}
     if rank == 0:
         make_folder(out / "checkpoints")
-    file = out / "config.json"
-    if checkpoints(out) and file.is_file():
-        before = read_json(file)
-        may_change = MAY_CHANGE | ({"steps"} if args.lr_schedule == "constant" else set())  # cosine: steps shape every rate
-        require(before.get("processes") == world, f"{out} holds a run on {before.get('processes')} processes, now there are {world}; "
-                                                  f"resume it on as many, or give another --out")
-        changed = [k for k in settings if k not in may_change and before.get(k) != settings[k]]
-        require(not changed, f"{out} holds a run with other options: " + ", ".join(f"--{k.replace('_', '-')} {before.get(k)} (now {settings[k]})"
-                             for k in changed[:4]) + "; give the same options to resume it, or another --out")
+    if checkpoints(out):
+        same_options(out, settings, MAY_CHANGE | ({"steps"} if args.lr_schedule == "constant" else set()))  # cosine: steps shape every rate
     newest = checkpoints(out)[-1] if checkpoints(out) else None
     if world > 1:
         seen = [None] * world
@@ -90,8 +83,16 @@ def open_run(args, rank, world):
     if rank == 0:
         for left in (out / "checkpoints").glob(".step-*"):  # of a save or a removal that a kill cut short
             shutil.rmtree(left, ignore_errors=True)
-        write_whole(file, json.dumps(settings, indent=2) + "\n")
+        write_whole(out / "config.json", json.dumps(settings, indent=2) + "\n")
     return newest, step_of(newest) if newest else 0
+
+
+def same_options(folder, settings, may_change=()):
+    """Refuse a folder whose config.json, if it has one, says that it was made otherwise. settings: {name: value}; may_change: names."""
+    file = Path(folder) / "config.json"
+    before = read_json(file) if file.is_file() else settings
+    changed = [f"{name} {before.get(name)} (now {value})" for name, value in settings.items() if name not in may_change and before.get(name) != value]
+    require(not changed, f"--out {folder} was made with other options: {', '.join(changed[:4])}; give the same to go on there, or another --out")
 
 
 def step_of(checkpoint):

@@ -37,9 +37,10 @@ from cli import at_least, make_folder, option, parse, pick_device, pick_precisio
 from data import Shards, add_pair
 from evaluate import draw_all
 from reward import load_reward
+from runs import same_options
 from sample import Model, grid, save_png, to_pil
 from unet import UNet
-from weights import WEIGHTS, read_json, write_whole
+from weights import WEIGHTS, write_whole
 
 
 @dataclass
@@ -235,12 +236,8 @@ def check(args):
 def record(args, out):
     """Write down what the runs in `out` are made with, or refuse a folder that holds others."""
     made_with = dataclasses.asdict(args) | {"expert": args.expert.replace(f"{POCKET.parent}/", ""), "pocket": fingerprint()}  # the same in any checkout
-    made_with = {key: value for key, value in made_with.items() if key not in MAY_CHANGE}
-    file = out / "config.json"
-    before = read_json(file) if file.is_file() else made_with
-    changed = [key for key in made_with if before.get(key) != made_with[key]]
-    require(not changed, f"--out {out}: holds runs with another {', '.join(changed)}; give another folder")
-    write_whole(file, json.dumps(made_with, indent=2) + "\n")
+    same_options(out, made_with, MAY_CHANGE)
+    write_whole(out / "config.json", json.dumps(made_with, indent=2) + "\n")
 
 
 def main():

@@ -130,7 +130,7 @@ def test_encoding_another_way_into_the_same_folder_is_refused(shard, model_folde
     encode = lambda size: call(data.main, "--data", shard, "--out", tmp_path, "--model", model_folder, "--resolution", size, "--device", "cpu")
     assert encode(32) == 0 and encode(32) == 0
     assert encode(64) == 2
-    assert "'resolution': 32" in capsys.readouterr().err
+    assert "resolution 32 (now 64)" in capsys.readouterr().err
 
 
 def test_latents_of_several_sizes_are_refused(tmp_path):

@@ -1,4 +1,5 @@
 import json
+import re
 import sys
 
 import pytest
@@ -129,8 +130,9 @@ def test_what_no_run_could_use_is_refused_before_the_first_one_and_leaves_no_rec
 def test_record_refuses_other_runs_and_lets_the_measures_and_the_choice_of_runs_change(tmp_path):
     experiment.record(experiment.Config(), tmp_path)
     experiment.record(experiment.Config(judge="another", n=1, limit=8, seeds=5, scales="1", device="cuda:1", out="elsewhere"), tmp_path)
-    for change, word in (({"rm_lr": 1.0}, "another rm_lr"), ({"steps": 1, "expert": "jpeg"}, "another expert, steps"), ({"precision": "bf16"}, "another precision")):
-        with pytest.raises(InputError, match=word):
+    for change, word in (({"rm_lr": 1.0}, "rm_lr 0.0001 (now 1.0);"), ({"steps": 1, "expert": "jpeg"}, "expert pocket (now jpeg), steps 150 (now 1);"),
+                         ({"precision": "bf16"}, "precision auto (now bf16);")):
+        with pytest.raises(InputError, match=re.escape(word)):
             experiment.record(experiment.Config(**change), tmp_path)
 
 

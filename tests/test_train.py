@@ -443,7 +443,15 @@ def test_an_existing_run_refuses_changed_options(fit, tmp_path, capsys):
     before = (tmp_path / "config.json").read_text()
     assert fit(tmp_path, steps=1, lr=0.5) == 2
     message = capsys.readouterr().err
-    assert "--lr 0.001 (now 0.5)" in message and (tmp_path / "config.json").read_text() == before
+    assert "lr 0.001 (now 0.5)" in message and (tmp_path / "config.json").read_text() == before
+
+
+def test_a_run_begun_on_another_number_of_processes_is_refused(fit, tmp_path, capsys):
+    assert fit(tmp_path, steps=1) == 0
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"processes": 2}))
+    assert fit(tmp_path, steps=1) == 2
+    assert "processes 2 (now 1)" in capsys.readouterr().err
 
 
 def test_a_run_is_resumed_in_the_arithmetic_that_auto_chose_for_it(fit, tmp_path, monkeypatch, capsys):
@@ -451,7 +459,7 @@ def test_a_run_is_resumed_in_the_arithmetic_that_auto_chose_for_it(fit, tmp_path
     assert fit(tmp_path, precision="auto", steps=1) == 0
     monkeypatch.setattr(cli, "cpu_is_faster_in_bf16", lambda: True)  # on another machine
     assert fit(tmp_path, precision="auto", steps=1) == 2
-    assert "--precision fp32 (now bf16)" in capsys.readouterr().err
+    assert "precision fp32 (now bf16)" in capsys.readouterr().err
 
 
 def test_a_finished_run_started_again_keeps_its_result(fit, tmp_path):
