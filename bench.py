@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import single_file
-from cli import autocast, fast_attention, option, parse, peak_memory, pick_device, pick_precision, require, run
+from cli import at_least, autocast, fast_attention, option, parse, peak_memory, pick_device, pick_precision, require, run
 from latent_rm import new_latent_rm
 from latent_rm import Config as LatentRMTraining
 from lcm_solver import DDIMSolver, NoiseSchedule, guidance_embedding
@@ -263,7 +263,7 @@ def count_tflop(call):
 
 def main():
     args = parse(Config(), __doc__)
-    require(args.batch >= 1 and args.warmup >= 1 and args.repeats >= 1, "--batch, --warmup and --repeats: expected 1 or more")
+    at_least(1, args, "batch", "warmup", "repeats")
     args.rows = ROWS if args.rows == "all" else args.rows.split(",")
     require(set(args.rows) <= set(ROWS), f"--rows {','.join(args.rows)}: expected some of {','.join(ROWS)}")
     device = pick_device(args.device)

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from cli import autocast, make_folder, option, parse, pick_device, pick_precision, require, run
+from cli import at_least, autocast, make_folder, option, parse, pick_device, pick_precision, require, run
 from runs import same_options
 from weights import InputError, read_json, write_whole
 
@@ -182,7 +182,7 @@ class Config:
 def main():
     from vae import VAE
     args = parse(Config(), __doc__)
-    require(args.batch >= 1, f"--batch {args.batch}: expected 1 or more")
+    at_least(1, args, "batch")
     device = pick_device(args.device)
     dtype = pick_precision(args.precision, device)
     vae, shards = VAE.from_pretrained(args.model, device=device), Shards(args.data, args.resolution)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from cli import make_folder, option, parse, pick_device, pick_precision, require, run
+from cli import at_least, make_folder, option, parse, pick_device, pick_precision, require, run
 from data import Shards
 from lcm_solver import lcm_timesteps
 from reward import load_reward
@@ -91,8 +91,8 @@ def difference(row, other):
 @torch.no_grad()
 def compare(args, device, dtype):
     """Draw, score, print the table and write results.json and grid.png. -> rows"""
-    require(args.limit >= 2 and args.batch >= 1, f"--limit {args.limit} --batch {args.batch}: expected at least 2 prompts and 1 picture at a time")
-    require(min(args.n, args.teacher_n) >= 1, f"--n {args.n} --teacher-n {args.teacher_n}: expected 1 or more")
+    at_least(2, args, "limit")
+    at_least(1, args, "n", "teacher_n", "batch")
     require(0 <= args.teacher_steps < 1000, f"--teacher-steps {args.teacher_steps}: expected 0 to 999")
     out = make_folder(args.out)
     model = Model.from_pretrained(args.model, device, dtype)

@@ -242,6 +242,7 @@ def check(args):
     at_least(1, args, "batch_size", "steps", "resolution", "warmup", "checkpoint_every", "log_every", "heldout_every", "keep")
     at_least(0, args, "workers", "weight_decay")
     require(args.lr > 0, f"--lr {args.lr}: expected more than 0")
+    require(0 <= args.seed < 2**63, f"--seed {args.seed}: expected 0 to 2^63 - 1")
     require(args.train_text or args.text_tower is not None, "--no-train-text keeps the text tower as it is, which without --text-tower is noise: give one")
     require(args.batch_size >= 2, f"--batch-size {args.batch_size}: expected 2 or more, the loss tells pairs from each other")
 

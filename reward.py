@@ -404,13 +404,13 @@ def parse_spec(spec):
     for part in re.split(rf"\+(?=(?:{names})(?:[:=*+]|$))", spec):
         text, _, factor = part.rpartition("*") if "*" in part else (part, "", "1")
         name, option, path = re.fullmatch(r"([^:=]*)(?::([^=]*))?(?:=(.*))?", text, re.DOTALL).groups()
-        require(name in NAMES, f"--reward {spec}: {name or 'nothing'} is not a reward; expected none, or {', '.join(NAMES)}, or a sum of them "
+        require(name in NAMES, f"reward {spec}: {name or 'nothing'} is not a reward; expected none, or {', '.join(NAMES)}, or a sum of them "
                                f"such as hpsv2.1*1.0+imagereward*0.1")
         try:
             factor = float(factor)
         except ValueError:
             factor = math.nan
-        require(math.isfinite(factor), f"--reward {spec}: the weight of {name} is not a number; expected {name}*NUMBER")
+        require(math.isfinite(factor), f"reward {spec}: the weight of {name} is not a number; expected {name}*NUMBER")
         parts.append((name, option, path, factor))
     return parts
 
@@ -431,8 +431,8 @@ def load_reward(spec, device=None, dtype=None, grad_checkpoint=False):
         try:
             reward = load_part(name, option, path, dtype, device)
         except InputError as error:
-            raise InputError(f"--reward {title}: {error}") from None
-        require(title not in [r.name for r in rewards], f"--reward {spec}: {title} stands there twice; give it once, with the sum of the weights")
+            raise InputError(f"reward {title}: {error}") from None
+        require(title not in [r.name for r in rewards], f"reward {spec}: {title} stands there twice; give it once, with the sum of the weights")
         reward.name = title
         rewards.append(reward)
         factors.append(factor)

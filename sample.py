@@ -15,7 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from cli import autocast, make_folder, option, parse, peak_memory, pick_device, pick_precision, require, run
+from cli import at_least, autocast, make_folder, option, parse, peak_memory, pick_device, pick_precision, require, run
 from lcm_solver import NoiseSchedule, ScheduleConfig, draw_noise, lcm_timesteps, sample_ddim, sample_lcm
 from text_encoder import TextEncoder
 from unet import UNet
@@ -153,7 +153,8 @@ def main():
     args = parse(Config(), __doc__)
     device = pick_device(args.device)
     dtype = pick_precision(args.precision, device)
-    require(args.n >= 1 and args.batch >= 1, f"--n {args.n} --batch {args.batch}: expected 1 or more")
+    at_least(1, args, "n", "batch")
+    require(0 <= args.seed <= 2**63 - args.n, f"--seed {args.seed}: expected 0 or more, and less than 2^63 with --n")
     prompts = [prompt for prompt in read_prompts(args) for _ in range(args.n)]
     seeds = [args.seed + i for _ in range(len(prompts) // args.n) for i in range(args.n)]
     out = make_folder(args.out)

@@ -353,7 +353,7 @@ def test_a_tokenizer_that_says_no_length_is_refused(pretrain, model_folder, tmp_
 
 
 @pytest.mark.parametrize("changes, named", [
-    ({"text_tower": "/none/clip.pt"}, "/none/clip.pt"), ({"data": "/none/*.tar"}, "/none"), ({"heldout": "/none/*.tar"}, "--heldout /none"), ({"text_tower": ""}, "--text-tower"), ({"weight_decay": -1}, "--weight-decay -1"),
+    ({"text_tower": "/none/clip.pt"}, "/none/clip.pt"), ({"data": "/none/*.tar"}, "/none"), ({"heldout": "/none/*.tar"}, "--heldout /none"), ({"text_tower": ""}, "--text-tower"), ({"weight_decay": -1}, "--weight-decay -1"), ({"seed": 2**64}, "--seed"),
     ({"resolution": 30}, "--resolution 30"), ({"resolution": 36}, "patch size 2"), ({"lr": 0}, "--lr"), ({"steps": 0}, "--steps 0"),
     ({"model": "/none/model"}, "/none/model"), ({"out": "/dev/null/run"}, "/dev/null/run")])
 def test_wrong_options_are_one_line_and_exit_code_2(changes, named, pretrain, tmp_path, capsys):

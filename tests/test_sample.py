@@ -128,6 +128,8 @@ WRONG = {
     "prompts file that is no text": (["--prompts", "MODEL/vae/" + WEIGHTS], None, WEIGHTS),
     "no such device": (["--device", "warp"], None, "warp"),
     "no pictures": (["--n", 0], None, "--n 0"),
+    "no pictures at a time": (["--batch", 0], None, "--batch 0"),
+    "a seed too large": (["--seed", 2**64], None, f"--seed {2**64}"),
     "out is a file": (["--out", "MODEL/vae/config.json"], None, "config.json"),
     "out under a file": (["--out", "MODEL/vae/config.json/x"], None, "config.json"),
     "no such model": (["--model", "MODEL/none"], None, "none"),
