@@ -11,7 +11,8 @@ stopped. The measures, on 2-step pictures of the held-out prompts with the same 
 
     expert           what training maximises
     judge            what no training has seen
-    distance         Frechet distance of the judge's features from those of the real held-out pictures
+    distance         Frechet distance of the judge's features from those of the real held-out pictures; mean over rounds of one picture a
+                     prompt, because it falls with the number of pictures
     high frequency   energy above half the Nyquist frequency relative to the same prompt's real picture after the VAE's round trip, median
     roughness        how far neighbouring pixels differ, median over what is flat white in the real picture, in units of 1/255
     follows          the share of pairs that the LRM ranked as the expert did, in the logged steps of the training's second half
@@ -124,7 +125,7 @@ class Measures:
         """n rounds of one picture per prompt, [n*N,3,H,W] in [0,1] -> {measure: number}"""
         n = len(images) // len(self.real)
         return {"expert": self.score(self.expert, images), "judge": self.score(self.judge, images),
-                "distance": frechet_distance(self.features_of(images), self.features),
+                "distance": sum(frechet_distance(part, self.features) for part in self.features_of(images).chunk(n)) / n,
                 "high frequency": (high_frequency(images) / high_frequency(self.round_trip).repeat(n)).median().item(),
                 "roughness": roughness(images, self.real)}
 
@@ -133,7 +134,7 @@ class Measures:
         return draw_all(self.model, unet, self.prompts, steps, self.args.guidance, solver, 64, n)[0]
 
     def references(self):
-        """{name: images}, among them what the noise measures are to catch and what they are not to reward."""
+        """{name: images}, one a prompt, among them what the noise measures are to catch and what they are not to reward."""
         noise = 0.02 * torch.randn(self.real.shape, generator=torch.Generator().manual_seed(0))
         blurred = F.avg_pool2d(F.pad(self.round_trip, (1, 1, 1, 1), "replicate"), 3, 1)
         return {"real pictures": self.real, "real, through the VAE": self.round_trip, "the same, with noise of 5/255": (self.round_trip + noise).clamp(0, 1),

@@ -69,6 +69,15 @@ def test_roughness_leaves_out_white_that_is_near_an_edge():
     assert experiment.roughness(drawn, real) == 0
 
 
+def test_measures_of_several_rounds_are_the_means_over_rounds():
+    measures = experiment.Measures(experiment.Config(limit=6), lambda images, prompts: images.mean(dim=(1, 2, 3)), torch.device("cpu"), torch.float32)
+    rounds = [measures.round_trip, measures.round_trip.flip(0)]
+    one, other = map(measures, rounds)
+    both = measures(torch.cat(rounds))
+    for key in ("expert", "judge", "distance"):
+        assert both[key] == pytest.approx((one[key] + other[key]) / 2, rel=1e-4)
+
+
 def test_lrm_is_compared_with_direct_reward_at_equal_reward():
     row = lambda expert, judge: [{"expert": expert, "judge": judge}]
     results = {"plain": row(0.4, 0.5), "direct 1x": row(0.5, 0.6), "direct 4x": row(0.7, 0.4), "direct 16x": row(0.45, 0.1),  # 16x: ruined
@@ -158,4 +167,4 @@ def test_experiment_runs_reports_and_resumes(tmp_path, capsys):
     assert call(experiment.main, *options) == 0
     assert capsys.readouterr().out == first and times == {p: p.stat().st_mtime for p in tmp_path.rglob("*.safetensors")}
     assert call(experiment.main, *options, "--steps", 3) == 2
-    assert "another steps" in capsys.readouterr().err
+    assert "steps 2 (now 3)" in capsys.readouterr().err
