@@ -36,7 +36,7 @@ from cli import at_least, autocast, fast_attention, option, parse, peak_memory, 
 from latent_rm import new_latent_rm
 from latent_rm import Config as LatentRMTraining
 from lcm_solver import DDIMSolver, NoiseSchedule, guidance_embedding
-from reward import ClipReward, load_reward
+from reward import ClipReward, load_reward, recompute_activations
 from sample import POCKET, Model
 from text_encoder import TextEncoder
 from train import Config as TrainConfig
@@ -56,7 +56,7 @@ class Config:
     device: str = option("auto", "auto, cpu or cuda")
     precision: str = option("auto", "arithmetic of the networks", choices=("auto", "bf16", "fp32"))
     compile: bool = option(False, "torch.compile the networks")
-    grad_checkpoint: bool = option(False, "training step: recompute activations in the backward pass")
+    grad_checkpoint: bool = option(False, "training step and direct reward: recompute activations in the backward pass")
     against: str | None = option(None, "time the same work through another library, between our calls", choices=("diffusers",))
     warmup: int = option(3, "calls before the clock starts")
     repeats: int = option(7, "calls timed")
@@ -74,16 +74,18 @@ def random_model(device, dtype):
     return Model(vae, text_encoder, NoiseSchedule(device=device), device, dtype), unet
 
 
-def rewards(size, device, dtype, side):
+def rewards(size, device, dtype, side, grad_checkpoint=False):
     """The expert and the latent proxy, for latents of that side: the pocket's reward and a proxy of the pocket's size, or HPSv2.1's
     network and the published proxy's, with random weights."""
     with device:
         latent_rm = new_latent_rm(LatentRMTraining(size=size), (4, side, side)).train()
     latent_rm.train_top(TrainConfig.rm_image_layers, TrainConfig.rm_text_layers)
     if size == "pocket":
-        return load_reward("pocket", device, dtype), latent_rm
+        return load_reward("pocket", device, dtype, grad_checkpoint), latent_rm
     with device:
         reward = ClipReward(open_clip.CLIP(**open_clip.get_model_config("ViT-H-14")), open_clip.get_tokenizer("ViT-H-14"), "longest")
+    if grad_checkpoint:
+        recompute_activations(reward)
     return reward.to(dtype).eval().requires_grad_(False), latent_rm
 
 
@@ -128,7 +130,7 @@ def work(args, model, unet, trained):
     calls = {name: torch.no_grad()(call) for name, call in calls.items()}
     if {"reward_direct", "reward_latent", "reward_student"} & set(args.rows):
         settings = TrainConfig(reward_batch=args.batch, rm_batch=args.batch, grad_checkpoint=args.grad_checkpoint)
-        reward, latent_rm = rewards(args.size, device, dtype, side)
+        reward, latent_rm = rewards(args.size, device, dtype, side, args.grad_checkpoint)
         if args.compile:
             reward.compile()
             latent_rm.compile()
@@ -256,8 +258,13 @@ def matmul_peak(device, dtype, args):
 
 
 def count_tflop(call):
-    with FlopCounterMode(display=False) as counter:
-        call()
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter does not know the fused layers that towers without gradient run as
+    try:
+        with FlopCounterMode(display=False) as counter:
+            call()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
     return counter.get_total_flops() / 1e12
 
 

@@ -115,15 +115,18 @@ class LatentRM(nn.Module):
 
     def image_features(self, latents):
         """Unscaled latents [B,C,s,s] -> unit vectors [B,D], float32."""
+        shape = (self.config.latent_channels, self.config.latent_size, self.config.latent_size)
+        require(latents.shape[1:] == shape, f"latents {tuple(latents.shape)}: this LRM reads [B, {', '.join(map(str, shape))}]")
         return F.normalize(self.visual(latents).float(), dim=-1)
 
     def text_features(self, prompts):
-        """B prompts -> unit vectors [B,D], float32. A prompt is cut at the tower's context_length."""
+        """A list of B prompts -> unit vectors [B,D], float32. A prompt is cut at the tower's context_length."""
         ids = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=self.config.context_length,
                              return_tensors="pt").input_ids
         return F.normalize(self.text(ids.to(self.logit_scale.device)).float(), dim=-1)
 
     def forward(self, latents, prompts):
+        require(len(latents) == len(prompts), f"{len(latents)} latents for {len(prompts)} prompts; expected one prompt a latent")
         return (self.image_features(latents) * self.text_features(prompts)).sum(dim=-1)
 
     def compile(self, **options):
@@ -150,10 +153,13 @@ def frozen(module):
             p.requires_grad_(True)
 
 
-def in_pairs(scores):
-    """[B, K], K candidates for the same prompt -> [B, K(K-1)/2, 2], each two of them."""
-    require(scores.shape[1] >= 2, f"scores {tuple(scores.shape)}: expected [B, K] with K >= 2 candidates to compare")
-    return scores[:, torch.combinations(torch.arange(scores.shape[1], device=scores.device))]
+def in_pairs(expert_scores, lrm_scores):
+    """Both [B, K], K candidates for the same prompt -> both [B, K(K-1)/2, 2], each two of them."""
+    shape = expert_scores.shape
+    require(shape == lrm_scores.shape and len(shape) == 2 and shape[1] >= 2, f"the expert's scores {tuple(shape)}, the LRM's {tuple(lrm_scores.shape)}: "
+                                                                             f"expected the same [B, K] with K >= 2 candidates to compare")
+    pairs = torch.combinations(torch.arange(shape[1], device=expert_scores.device))
+    return expert_scores[:, pairs], lrm_scores[:, pairs]
 
 
 def preference_loss(expert_scores, lrm_scores, tau=1.0, tau_lrm=1.0, kind="kl"):
@@ -164,7 +170,8 @@ def preference_loss(expert_scores, lrm_scores, tau=1.0, tau_lrm=1.0, kind="kl"):
     prefers, and on both alike where it prefers none. Mean over the batch, summed over pairs; the gradient reaches lrm_scores only.
     """
     require(kind in ("kl", "ce"), f"kind {kind!r}: expected kl or ce")
-    expert, lrm = in_pairs(expert_scores.detach().float()), in_pairs(lrm_scores.float())
+    require(tau > 0 and tau_lrm > 0, f"tau {tau}, tau_lrm {tau_lrm}: expected temperatures of more than 0")
+    expert, lrm = in_pairs(expert_scores.detach().float(), lrm_scores.float())
     log_q = F.log_softmax(lrm / tau_lrm, dim=-1)
     if kind == "ce":
         chosen = ((expert - expert.flip(-1)).sign() + 1) / 2  # 1 and 0, or 1/2 and 1/2
@@ -174,10 +181,10 @@ def preference_loss(expert_scores, lrm_scores, tau=1.0, tau_lrm=1.0, kind="kl"):
 
 
 def preference_accuracy(expert_scores, lrm_scores):
-    """Both [B, K], K candidates for the same prompt -> the share of the B K(K-1)/2 pairs that the LRM ranks as the expert does, not
-    counting those in which the expert prefers none (0 if there are no others)."""
-    expert, lrm = (in_pairs(scores).diff(dim=-1).sign() for scores in (expert_scores, lrm_scores))
-    return (expert * lrm > 0).sum() / (expert != 0).sum().clamp(min=1)
+    """Both [B, K], K candidates for the same prompt -> the share of the B K(K-1)/2 pairs that the LRM ranks as the expert does. One in
+    which either prefers none counts half, so that guessing has 1/2 and the mean over parts of a batch is that of the batch."""
+    expert, lrm = (pairs.diff(dim=-1).sign() for pairs in in_pairs(expert_scores, lrm_scores))
+    return ((expert * lrm).mean() + 1) / 2
 
 
 # ------------------------------------------------------------------------------------------- pre-training
@@ -192,7 +199,7 @@ class Config(RunConfig):
     train_text: bool = option(True, "train the text tower too")
     model: str = option(str(POCKET), "model folder, single file or hub id: its VAE encodes pictures, and the pocket's LRM takes its tokenizer/ (sd21: CLIP's own)")
     data: str = option(str(POCKET / "data" / "train-*.tar"), "shards of pictures or of posteriors (data.py): a tar, a folder, or a glob")
-    heldout: str = option(str(POCKET / "data" / "heldout-*.tar"), "shards for the retrieval accuracy")
+    heldout: str | None = option(None, "shards for the retrieval accuracy, which no training sees; may be left out with the pocket's data, for the pocket's")
     out: str = option("runs/latent_rm", "run folder; a run found there is resumed")
     resolution: int = option(64, "side of the training pictures in pixels")
     batch_size: int = option(64, "pairs per process; the loss compares those of all processes")
@@ -239,6 +246,9 @@ def retrieval(latent_rm, latents, captions):
 
 
 def check(args):
+    if args.heldout is None:
+        require(args.data == Config.data, f"--data {args.data} without --heldout: give shards of its kind, for the retrieval accuracy")
+        args.heldout = str(POCKET / "data" / "heldout-*.tar")
     at_least(1, args, "batch_size", "steps", "resolution", "warmup", "checkpoint_every", "log_every", "heldout_every", "keep")
     at_least(0, args, "workers", "weight_decay")
     require(args.lr > 0, f"--lr {args.lr}: expected more than 0")

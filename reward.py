@@ -21,6 +21,7 @@ import io
 import json
 import math
 import re
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -253,7 +254,13 @@ class BlackBox(Reward):
         require(not (torch.is_grad_enabled() and images.requires_grad),
                 f"{self.name}: a black box, gives no gradient to the images; train through a latent proxy reward model (--latent-rm)")
         require(images.isfinite().all(), f"{self.name}: images with NaN or infinity; a reward needs numbers in [0, 1]")
-        scores = self.function((images.detach() * 255).round().byte().cpu(), text)
+        pictures = (images.detach() * 255).round().byte().cpu()
+        try:
+            scores = self.function(pictures, text)
+        except Exception as error:  # whatever the user's function may raise
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise InputError(f"{self.name}: raised {type(error).__name__}: {error} ({place.filename}, line {place.lineno}); it was given uint8 images "
+                             f"{tuple(pictures.shape)} and a list of {len(text)} prompts") from error
         try:
             scores = torch.tensor([float(score) for score in scores])
         except (TypeError, ValueError) as error:
@@ -438,10 +445,15 @@ def load_reward(spec, device=None, dtype=None, grad_checkpoint=False):
         factors.append(factor)
     reward = rewards[0] if factors == [1.0] else Mixture(rewards, factors)
     if grad_checkpoint:
-        for module in reward.modules():
-            if hasattr(module, "grad_checkpointing"):  # the blocks of open_clip and timm
-                module.grad_checkpointing = True
+        recompute_activations(reward)
     return reward.to(device=device).eval().requires_grad_(False)
+
+
+def recompute_activations(reward):
+    """Have the image towers recompute their activations in the backward pass."""
+    for module in reward.modules():
+        if hasattr(module, "grad_checkpointing"):  # the blocks of open_clip and timm
+            module.grad_checkpointing = True
 
 
 # ------------------------------------------------------------------------------------------- the command

@@ -116,6 +116,8 @@ def find_component(path, name):
     path = local(path, name)
     if path.is_file():
         return find_in_file(path, name)
+    if (path / "checkpoints").is_dir() and not (path / name).is_dir():
+        raise InputError(f"{path}: a run that has no {name}/ yet; repeat its command to finish it, or give the newest of its checkpoints/step-*")
     for folder in (path / name, path):
         if (folder / "config.json").is_file():
             return in_folder(folder, Tensors(weight_files(folder, name)))

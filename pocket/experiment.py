@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 
 POCKET = Path(__file__).resolve().parent
+HELDOUT = str(POCKET / "data/heldout-*.tar")
 sys.path.insert(0, str(POCKET.parent))
 from build import python, read_split, vary, warp
 from cli import at_least, make_folder, option, parse, pick_device, pick_precision, precision_name, require, run
@@ -103,7 +104,7 @@ class Measures:
     """Measures pictures for the held-out prompts against the real ones."""
 
     def __init__(self, args, expert, device, dtype):
-        shards = Shards(str(POCKET / "data/heldout-*.tar"), 64)
+        shards = Shards(HELDOUT, 64)
         real, prompts = zip(*(shards[i] for i in range(min(args.limit, len(shards)))))
         self.args, self.expert, self.prompts, self.real = args, expert, list(prompts), torch.stack(real) / 2 + 0.5
         self.model, self.judge = Model.from_pretrained(str(POCKET), device, dtype), load_reward(args.judge, device)
@@ -256,7 +257,7 @@ def main():
     for seed in range(args.seeds):
         latent_rm = out / f"latent_rm-seed{seed}"
         if not (latent_rm / "latent_rm").is_dir():
-            python("latent_rm.py", "--data", warped_latents(out / "warped", args.copies, *common), "--out", latent_rm, "--steps", args.rm_steps,
+            python("latent_rm.py", "--data", warped_latents(out / "warped", args.copies, *common), "--heldout", HELDOUT, "--out", latent_rm, "--steps", args.rm_steps,
                    "--seed", seed, "--text-tower", POCKET / "reward" / WEIGHTS, "--no-train-text", *common)
         for name, options in settings(args, latent_rm, expert.differentiable).items():
             folder = out / f"{name.replace(',', '').replace(' ', '-')}-seed{seed}"

@@ -2,6 +2,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -69,16 +70,40 @@ def test_accuracy_is_the_share_of_pairs_ranked_alike():
 
 
 def test_what_the_expert_does_not_tell_apart_is_no_preference():
-    # of the pairs of 1 = 1 < 2 the first is tied; the LRM has (0, 2) right and (1, 2) wrong
-    assert preference_accuracy(torch.tensor([[1.0, 1, 2]]), torch.tensor([[0.0, 5, 3]])).item() == 0.5
-    assert preference_accuracy(torch.ones(2, 3), rand(2, 3)).item() == 0
+    # of the pairs of 1 = 1 < 2 the first is tied; the LRM has (0, 2) right and (1, 2) right, then wrong
+    assert preference_accuracy(torch.tensor([[1.0, 1, 2]]), torch.tensor([[0.0, 1, 3]])).item() == pytest.approx(2.5 / 3)
+    assert preference_accuracy(torch.tensor([[1.0, 1, 2]]), torch.tensor([[0.0, 5, 3]])).item() == pytest.approx(1.5 / 3)
+    assert preference_accuracy(torch.ones(2, 3), rand(2, 3)).item() == 0.5
     one, other = (preference_loss(torch.zeros(1, 2), torch.tensor([scores]), kind="ce").item() for scores in ((0.0, math.log(3)), (math.log(3), 0.0)))
     assert one == pytest.approx(other) == pytest.approx((math.log(4) + math.log(4 / 3)) / 2, rel=1e-5)
+
+
+def test_accuracy_of_a_batch_is_the_mean_over_its_parts_ties_included():
+    expert, lrm = torch.tensor([[1.0, 1, 1], [1, 2, 3]]), torch.tensor([[1.0, 2, 3], [1, 2, 3]])
+    assert preference_accuracy(expert, lrm).item() == sum(preference_accuracy(expert[i:i + 1], lrm[i:i + 1]).item() for i in range(2)) / 2
 
 
 def test_kl_is_zero_where_the_preferences_agree():
     scores = rand(5, 3)
     assert preference_loss(scores, scores + 7).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_scores_that_do_not_belong_together_and_temperatures_of_nothing_are_refused():
+    for function in (preference_loss, preference_accuracy):
+        for expert, lrm in ((rand(4, 3), rand(4, 2)), (rand(4, 3), rand(1, 3)), (rand(3), rand(3))):
+            with pytest.raises(InputError, match=re.escape(f"{tuple(expert.shape)}, the LRM's {tuple(lrm.shape)}")):
+                function(expert, lrm)
+    for taus in ((0, 1), (1, -1)):
+        with pytest.raises(InputError, match=f"tau {taus[0]}, tau_lrm {taus[1]}"):
+            preference_loss(rand(2, 3), rand(2, 3), *taus)
+
+
+def test_latents_that_do_not_fit_the_prompts_or_the_lrm_are_refused(saved):
+    latent_rm, size = saved[0], LATENT_RM["latent_size"]
+    with pytest.raises(InputError, match="3 latents for 1 prompts"):
+        latent_rm(rand(3, 4, size, size), ["a"])
+    with pytest.raises(InputError, match=re.escape(f"[B, 4, {size}, {size}]")):
+        latent_rm(rand(1, 4, size + 2, size + 2), ["a"])
 
 
 def test_an_unknown_kind_and_a_lone_candidate_are_refused():
@@ -220,10 +245,11 @@ def pretrain(model_folder, shard, monkeypatch):
 
 
 def options(model_folder, shard, out, **changes):
+    """changes: None leaves an option out."""
     values = dict(model=model_folder, data=shard, heldout=shard, out=out, resolution=32, batch_size=4, steps=4, warmup=2, lr=1e-3, log_every=1,
                   checkpoint_every=2, heldout_every=2, device="cpu", precision="fp32") | changes
     switches = {key: values.pop(key, False) for key in ("compile", "grad_checkpoint")}
-    return [str(word) for key, value in values.items() for word in (f"--{key.replace('_', '-')}", value)] + [
+    return [str(word) for key, value in values.items() if value is not None for word in (f"--{key.replace('_', '-')}", value)] + [
         f"--{'' if on else 'no-'}{key.replace('_', '-')}" for key, on in switches.items()]
 
 
@@ -353,13 +379,27 @@ def test_a_tokenizer_that_says_no_length_is_refused(pretrain, model_folder, tmp_
 
 
 @pytest.mark.parametrize("changes, named", [
-    ({"text_tower": "/none/clip.pt"}, "/none/clip.pt"), ({"data": "/none/*.tar"}, "/none"), ({"heldout": "/none/*.tar"}, "--heldout /none"), ({"text_tower": ""}, "--text-tower"), ({"weight_decay": -1}, "--weight-decay -1"), ({"seed": 2**64}, "--seed"),
+    ({"text_tower": "/none/clip.pt"}, "/none/clip.pt"), ({"data": "/none/*.tar"}, "/none"), ({"heldout": "/none/*.tar"}, "--heldout /none"), ({"text_tower": ""}, "--text-tower"), ({"weight_decay": -1}, "--weight-decay -1"), ({"seed": 2**64}, "--seed"), ({"heldout": None}, "--heldout"),
     ({"resolution": 30}, "--resolution 30"), ({"resolution": 36}, "patch size 2"), ({"lr": 0}, "--lr"), ({"steps": 0}, "--steps 0"),
     ({"model": "/none/model"}, "/none/model"), ({"out": "/dev/null/run"}, "/dev/null/run")])
 def test_wrong_options_are_one_line_and_exit_code_2(changes, named, pretrain, tmp_path, capsys):
     assert pretrain(**{"out": tmp_path} | changes) == 2
     message = capsys.readouterr().err
     assert named in message and message.count("\n") == 1
+
+
+def test_the_pockets_pictures_are_held_out_from_the_pockets_training():
+    args = script.Config()
+    script.check(args)
+    assert args.heldout == str(script.POCKET / "data" / "heldout-*.tar")
+
+
+def test_an_unfinished_pre_training_says_so(pretrain, tmp_path):
+    assert pretrain(tmp_path) == 0
+    shutil.rmtree(tmp_path / "latent_rm")
+    with pytest.raises(InputError, match=re.escape(f"{tmp_path}: a run that has no latent_rm/ yet")):
+        LatentRM.from_pretrained(tmp_path)
+    LatentRM.from_pretrained(tmp_path / "checkpoints/step-000004")
 
 
 def test_keeping_a_text_tower_that_is_not_given_is_refused(model_folder, shard, tmp_path, capsys):

@@ -600,6 +600,15 @@ def broken_scores(images, prompts):
     return [0.5, float("nan"), 0.5]
 
 
+def raises(images, prompts):
+    raise KeyError("none")
+
+
+def test_a_function_that_raises_is_named_with_its_line_and_what_it_was_given():
+    with pytest.raises(InputError, match=rf"raises: raised KeyError: .*test_reward_models.py, line {raises.__code__.co_firstlineno + 1}\); .*\(3, 3, \d+, \d+\)"):
+        load_reward(f"python:{__name__}.raises")(pictures(), PROMPTS)
+
+
 def test_a_function_must_give_one_number_an_image():
     with pytest.raises(InputError, match="two_scores: gave 2 numbers for 3 images"):
         load_reward(f"python:{__name__}.two_scores")(pictures(), PROMPTS)
