@@ -116,10 +116,10 @@ def find_component(path, name):
     path = local(path, name)
     if path.is_file():
         return find_in_file(path, name)
-    if (path / "checkpoints").is_dir() and not (path / name).is_dir():
-        raise InputError(f"{path}: a run that has no {name}/ yet; repeat its command to finish it, or give the newest of its checkpoints/step-*")
     for folder in (path / name, path):
         if (folder / "config.json").is_file():
+            if "processes" in read_json(folder / "config.json"):  # the options of a run (runs.py), not a network's
+                raise InputError(f"{path}: a run that has no {name}/ yet; repeat its command to finish it, or give the newest of its checkpoints/step-*")
             return in_folder(folder, Tensors(weight_files(folder, name)))
     what = "no such folder" if not path.is_dir() else f"neither it nor {name}/ in it has a config.json"
     raise InputError(f"{path}: {what}; expected a model folder with {name}/config.json, the {name} folder itself, a single-file "
