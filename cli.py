@@ -138,3 +138,9 @@ def at_least(least, args, *names):
     """Of the options `args`, those of these names must be so much or more."""
     for name in names:
         require(getattr(args, name) >= least, f"--{name.replace('_', '-')} {getattr(args, name)}: expected {least} or more")
+
+
+def positive(args, *names):
+    """Of the options `args`, those of these names must be more than 0."""
+    for name in names:
+        require(getattr(args, name) > 0, f"--{name.replace('_', '-')} {getattr(args, name)}: expected more than 0")

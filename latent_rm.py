@@ -25,7 +25,7 @@ from open_clip.transformer import TextTransformer
 from torch import nn
 
 import single_file
-from cli import at_least, autocast, fast_attention, option, parse, require, run
+from cli import at_least, autocast, fast_attention, option, parse, positive, require, run
 from data import POCKET, Shards, batches, positions, random_draws
 from reward_weights import open_clip_weights
 from runs import Log, RunConfig, average_over_processes, open_run, rate_factor, save_checkpoint, setup_processes
@@ -251,7 +251,7 @@ def check(args):
         args.heldout = str(POCKET / "data" / "heldout-*.tar")
     at_least(1, args, "batch_size", "steps", "resolution", "warmup", "checkpoint_every", "log_every", "heldout_every", "keep")
     at_least(0, args, "workers", "weight_decay")
-    require(args.lr > 0, f"--lr {args.lr}: expected more than 0")
+    positive(args, "lr")
     require(0 <= args.seed < 2**63, f"--seed {args.seed}: expected 0 to 2^63 - 1")
     require(args.train_text or args.text_tower is not None, "--no-train-text keeps the text tower as it is, which without --text-tower is noise: give one")
     require(args.batch_size >= 2, f"--batch-size {args.batch_size}: expected 2 or more, the loss tells pairs from each other")

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 import evaluate
-from cli import at_least, autocast, fast_attention, make_folder, option, parse, require, run
+from cli import at_least, autocast, fast_attention, make_folder, option, parse, positive, require, run
 from data import Shards, batches, positions, random_draws
 from latent_rm import LatentRM, frozen, preference_accuracy, preference_loss
 from lcm_solver import DDIMSolver, consistency_function, huber
@@ -140,11 +140,9 @@ def proxy_loss(model, latent_rm, reward, candidates, captions, text, args):
 
 def check(args):
     at_least(1, args, "batch_size", "grad_accum", "steps", "warmup", "reward_batch", "rm_batch", "solver_substeps", "resolution", "checkpoint_every", "log_every", "sample_every", "keep")
-    at_least(0, args, "workers")
+    at_least(0, args, "workers", "rm_image_layers", "rm_text_layers")
     require(args.ddim_steps >= 2, f"--ddim-steps {args.ddim_steps}: expected 2 or more, the student's steps")
-    for name in ("lr", "rm_lr", "rm_tau", "rm_tau_lrm"):
-        require(getattr(args, name) > 0, f"--{name.replace('_', '-')} {getattr(args, name)}: expected more than 0")
-    require(min(args.rm_image_layers, args.rm_text_layers) >= 0, f"--rm-image-layers {args.rm_image_layers} --rm-text-layers {args.rm_text_layers}: expected 0 or more")
+    positive(args, "lr", "rm_lr", "rm_tau", "rm_tau_lrm")
     require(0 <= args.ema < 1, f"--ema {args.ema}: expected 0 <= decay < 1")
     require(args.w_min <= args.w_max, f"--w-min {args.w_min} is more than --w-max {args.w_max}")
     idle = [f"--{name.replace('_', '-')}" for name, value in vars(args).items() if name.startswith("rm_") and value != getattr(Config, name)]

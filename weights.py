@@ -118,8 +118,6 @@ def find_component(path, name):
         return find_in_file(path, name)
     for folder in (path / name, path):
         if (folder / "config.json").is_file():
-            if "processes" in read_json(folder / "config.json"):  # the options of a run (runs.py), not a network's
-                raise InputError(f"{path}: a run that has no {name}/ yet; repeat its command to finish it, or give the newest of its checkpoints/step-*")
             return in_folder(folder, Tensors(weight_files(folder, name)))
     what = "no such folder" if not path.is_dir() else f"neither it nor {name}/ in it has a config.json"
     raise InputError(f"{path}: {what}; expected a model folder with {name}/config.json, the {name} folder itself, a single-file "
@@ -175,6 +173,8 @@ def weight_files(folder, name):
     if chosen is None:
         for pickle in (n for n in names if n.endswith(".bin")):
             refuse_pickle(folder / pickle)
+        if "processes" in read_json(folder / "config.json"):  # the options of a run (runs.py), not a network's
+            raise InputError(f"{folder}: a run that has no {name}/ yet; repeat its command to finish it, or give the newest of its checkpoints/step-*")
         raise InputError(f"{folder}: no weights beside config.json; expected {'model.safetensors' if name == 'text_encoder' else WEIGHTS}, "
                          f"its fp16 variant, or shards with an index")
     if not chosen.endswith(".json"):

@@ -35,7 +35,7 @@ POCKET = Path(__file__).resolve().parent
 HELDOUT = str(POCKET / "data/heldout-*.tar")
 sys.path.insert(0, str(POCKET.parent))
 from build import python, read_split, vary, warp
-from cli import at_least, make_folder, option, parse, pick_device, pick_precision, precision_name, require, run
+from cli import at_least, make_folder, option, parse, pick_device, pick_precision, positive, precision_name, require, run
 from data import Shards, add_pair
 from evaluate import draw_all
 from reward import load_reward
@@ -229,8 +229,7 @@ def report(references, results):
 def check(args):
     at_least(1, args, "seeds", "steps", "copies", "rm_steps", "rm_batch", "n")
     at_least(2, args, "limit", "batch_size")
-    for name in ("rm_lr", "rm_tau"):
-        require(getattr(args, name) > 0, f"--{name.replace('_', '-')} {getattr(args, name)}: expected more than 0")
+    positive(args, "rm_lr", "rm_tau")
     require(re.fullmatch(r"\d*\.?\d+(,\d*\.?\d+)*", args.scales), f"--scales {args.scales}: expected numbers such as 1,4,16")
     require(args.expert != "none", "--expert none: expected a reward model (reward.py)")
 
