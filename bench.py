@@ -31,19 +31,36 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
-import single_file
-from cli import at_least, autocast, fast_attention, option, parse, peak_memory, pick_device, pick_precision, require, run
-from latent_rm import new_latent_rm
-from latent_rm import Config as LatentRMTraining
+from latent_rm import Config as LatentRMTraining, new_latent_rm
 from lcm_solver import DDIMSolver, NoiseSchedule, guidance_embedding
+from pipeline import Pipeline
 from reward import ClipReward, load_reward, recompute_activations
-from sample import POCKET, Model
+from support import single_file
+from support.cli import (
+    POCKET,
+    at_least,
+    autocast,
+    fast_attention,
+    option,
+    parse,
+    peak_memory,
+    pick_device,
+    pick_precision,
+    require,
+    run,
+)
+from support.weights import InputError, load_tokenizer
 from text_encoder import TextEncoder
-from train import Config as TrainConfig
-from train import W_DIM, direct_reward, distillation_loss, latent_reward, proxy_loss
+from train import (
+    W_DIM,
+    Config as TrainConfig,
+    direct_reward,
+    distillation_loss,
+    latent_reward,
+    proxy_loss,
+)
 from unet import UNet, UNetConfig
 from vae import VAE
-from weights import InputError, load_tokenizer
 
 ROWS = ("unet", "vae_decode", "text_encode", "picture", "training_step", "reward_direct", "reward_latent", "reward_student", "optimizer")
 
@@ -65,13 +82,13 @@ class Config:
 # ------------------------------------------------------------------------------------------- the work
 
 def random_model(device, dtype):
-    """A Model of SD2.1's size with random weights, and a student's UNet."""
+    """A Pipeline of SD2.1's size with random weights, and a student's UNet."""
     with torch.device(device):
         text = CLIPTextModel(CLIPTextConfig(**single_file.CONFIGS["sd2"]["text_encoder"]))
         networks = VAE(), TextEncoder(text, single_file.tokenizer("sd2", load_tokenizer)), UNet(UNetConfig(time_cond_proj_dim=W_DIM))
     vae, text_encoder, unet = (network.to(dtype).eval().requires_grad_(False) for network in networks)
     vae.to(memory_format=torch.channels_last)  # as VAE.from_pretrained does at this size
-    return Model(vae, text_encoder, NoiseSchedule(device=device), device, dtype), unet
+    return Pipeline(vae, text_encoder, NoiseSchedule(device=device), device, dtype), unet
 
 
 def rewards(size, device, dtype, side, grad_checkpoint=False):
@@ -163,7 +180,12 @@ def work(args, model, unet, trained):
 def diffusers_work(args, ours, unet, trained):
     """The same through diffusers: its networks around the same weights, in our algorithm for the training step and in its own
     pipeline for the picture."""
-    from diffusers import AutoencoderKL, LatentConsistencyModelPipeline, LCMScheduler, UNet2DConditionModel
+    from diffusers import (
+        AutoencoderKL,
+        LatentConsistencyModelPipeline,
+        LCMScheduler,
+        UNet2DConditionModel,
+    )
     from diffusers.utils import logging
     logging.set_verbosity_error()
     networks = []
@@ -276,7 +298,7 @@ def main():
     device = pick_device(args.device)
     dtype = pick_precision(args.precision, device)
     if args.size == "pocket":
-        model = Model.from_pretrained(POCKET, device, dtype)
+        model = Pipeline.from_pretrained(POCKET, device, dtype)
         unet = UNet.from_pretrained(POCKET / "student", dtype=dtype, device=device).requires_grad_(False)
     else:
         model, unet = random_model(device, dtype)

@@ -20,11 +20,21 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from cli import at_least, autocast, make_folder, option, parse, pick_device, pick_precision, require, run
-from runs import same_options
-from weights import InputError, read_json, write_whole
+from support.cli import (
+    POCKET,
+    at_least,
+    autocast,
+    make_folder,
+    option,
+    parse,
+    pick_device,
+    pick_precision,
+    require,
+    run,
+)
+from support.runs import same_options
+from support.weights import InputError, read_json, write_whole
 
-POCKET = Path(__file__).resolve().parent / "pocket"
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
 

@@ -13,13 +13,23 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from cli import at_least, make_folder, option, parse, pick_device, pick_precision, require, run
 from data import Shards
 from lcm_solver import lcm_timesteps
+from pipeline import Pipeline, grid, save_png
 from reward import load_reward
-from sample import POCKET, Model, grid, save_png
+from support.cli import (
+    POCKET,
+    at_least,
+    make_folder,
+    option,
+    parse,
+    pick_device,
+    pick_precision,
+    require,
+    run,
+)
+from support.weights import write_whole
 from unet import UNet
-from weights import write_whole
 
 RESULTS = POCKET / "results.json"  # what build.py recorded: real pictures and plain LCM
 
@@ -95,7 +105,7 @@ def compare(args, device, dtype):
     at_least(1, args, "n", "teacher_n", "batch")
     require(0 <= args.teacher_steps < 1000, f"--teacher-steps {args.teacher_steps}: expected 0 to 999")
     out = make_folder(args.out)
-    model = Model.from_pretrained(args.model, device, dtype)
+    model = Pipeline.from_pretrained(args.model, device, dtype)
     student = model.check(UNet.from_pretrained(args.unet, dtype=dtype, device=device), args.unet, student=True)
     lcm_timesteps(model.schedule, args.steps, student.config.lcm_grid or 50)  # refuses a wrong number of steps before any work
     shards = Shards(args.data, student.config.sample_size * model.vae.factor)

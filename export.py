@@ -15,14 +15,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-import single_file
-from cli import make_folder, option, parse, require, run
 from lcm_solver import ScheduleConfig
-from sample import POCKET
+from support import single_file
+from support.cli import POCKET, make_folder, option, parse, require, run
+from support.weights import find_component, read_json, whole_folder
 from text_encoder import TextEncoder
 from unet import UNet
 from vae import VAE
-from weights import find_component, read_json, whole_folder
 
 
 @dataclass

@@ -24,13 +24,40 @@ import torch.nn.functional as F
 from open_clip.transformer import TextTransformer
 from torch import nn
 
-import single_file
-from cli import at_least, autocast, fast_attention, option, parse, positive, require, run
-from data import POCKET, Shards, batches, positions, random_draws
-from reward_weights import open_clip_weights
-from runs import Log, RunConfig, average_over_processes, open_run, rate_factor, save_checkpoint, setup_processes
+from data import Shards, batches, positions, random_draws
+from support import single_file
+from support.cli import (
+    POCKET,
+    at_least,
+    autocast,
+    fast_attention,
+    option,
+    parse,
+    positive,
+    require,
+    run,
+)
+from support.reward_weights import open_clip_weights
+from support.runs import (
+    Log,
+    RunConfig,
+    average_over_processes,
+    open_run,
+    rate_factor,
+    save_checkpoint,
+    setup_processes,
+)
+from support.weights import (
+    InputError,
+    find_component,
+    load_component,
+    load_strictly,
+    load_tokenizer,
+    local,
+    save_component,
+    whole_folder,
+)
 from vae import VAE
-from weights import InputError, find_component, load_component, load_strictly, load_tokenizer, local, save_component, whole_folder
 
 
 @dataclass(frozen=True)

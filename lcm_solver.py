@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from weights import InputError, local, predicts, read_json
+from support.weights import InputError, local, predicts, read_json
 
 
 @dataclass(frozen=True)

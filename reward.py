@@ -32,14 +32,28 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-import single_file
-from cli import autocast, pick_device, pick_precision, require, run
-from reward_weights import PUBLISHED, find_weights, open_clip_weights, open_weights, parameters_on_meta
-from weights import WEIGHTS, InputError, find_component, first_line, load_strictly, load_tokenizer, whole_folder
+from support import single_file
+from support.cli import autocast, pick_device, pick_precision, require, run
+from support.reward_weights import (
+    PUBLISHED,
+    find_weights,
+    open_clip_weights,
+    open_weights,
+    parameters_on_meta,
+)
+from support.weights import (
+    WEIGHTS,
+    InputError,
+    find_component,
+    first_line,
+    load_strictly,
+    load_tokenizer,
+    whole_folder,
+)
 
 HERE = Path(__file__).parent
 POCKET_REWARD = HERE / "pocket" / "reward"
-BERT_VOCABULARY = HERE / "bert_vocab.txt.gz"  # google-bert/bert-base-uncased, vocab.txt
+BERT_VOCABULARY = HERE / "support" / "bert_vocab.txt.gz"  # google-bert/bert-base-uncased, vocab.txt
 VIT_H, VIT_L = "ViT-H-14", "ViT-L-14-quickgelu"  # open_clip's names
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's pictures
 NAMES = (*PUBLISHED, "clip", "pocket", "jpeg", "python")

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-import single_file
-from weights import InputError, find_component, load_strictly, load_tokenizer, whole_folder
+from support import single_file
+from support.weights import InputError, find_component, load_strictly, load_tokenizer, whole_folder
 
 
 class TextEncoder(nn.Module):

@@ -21,13 +21,32 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 import evaluate
-from cli import at_least, autocast, fast_attention, make_folder, option, parse, positive, require, run
 from data import Shards, batches, positions, random_draws
 from latent_rm import LatentRM, frozen, preference_accuracy, preference_loss
 from lcm_solver import DDIMSolver, consistency_function, huber
+from pipeline import Pipeline, grid, save_png
 from reward import load_reward
-from runs import Log, RunConfig, average_over_processes, open_run, rate_factor, save_checkpoint, setup_processes
-from sample import POCKET, Model, grid, save_png
+from support.cli import (
+    POCKET,
+    at_least,
+    autocast,
+    fast_attention,
+    make_folder,
+    option,
+    parse,
+    positive,
+    require,
+    run,
+)
+from support.runs import (
+    Log,
+    RunConfig,
+    average_over_processes,
+    open_run,
+    rate_factor,
+    save_checkpoint,
+    setup_processes,
+)
 from unet import UNet
 
 try:  # the extra `tensorboard`: curves beside log.jsonl
@@ -158,7 +177,7 @@ def main():
     newest, start = open_run(args, rank, world)
 
     # Frozen: VAE, text encoder, teacher, reward. Trained in float32: the student, whose EMA is the target, and the top of the LRM.
-    model = Model.from_pretrained(args.teacher, device, dtype)
+    model = Pipeline.from_pretrained(args.teacher, device, dtype)
     teacher = model.check(UNet.from_pretrained(args.teacher, device=device, dtype=dtype), args.teacher, student=False).requires_grad_(False)
     reward = None if args.reward == "none" else load_reward(args.reward, device, dtype, args.grad_checkpoint)
     require(reward is None or reward.differentiable or args.latent_rm is not None, f"--reward {args.reward}: a black box, which gives no "

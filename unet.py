@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from weights import InputError, load_component, save_component
+from support.weights import InputError, load_component, save_component
 
 
 @dataclass(frozen=True)

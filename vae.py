@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from weights import InputError, load_component, save_component
+from support.weights import InputError, load_component, save_component
 
 
 @dataclass(frozen=True)

@@ -37,12 +37,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 POCKET = Path(__file__).resolve().parent
 sys.path.insert(0, str(POCKET.parent))
-import single_file
-from cli import autocast, fast_attention, pick_precision, require
 from data import add_pair
 from latent_rm import LatentRMConfig, LatentViT, clip_loss
 from lcm_solver import NoiseSchedule
 from reward import PocketReward
+from support import single_file
+from support.cli import autocast, fast_attention, pick_precision, require
 from text_encoder import TextEncoder
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig

@@ -35,14 +35,25 @@ POCKET = Path(__file__).resolve().parent
 HELDOUT = str(POCKET / "data/heldout-*.tar")
 sys.path.insert(0, str(POCKET.parent))
 from build import python, read_split, vary, warp
-from cli import at_least, make_folder, option, parse, pick_device, pick_precision, positive, precision_name, require, run
 from data import Shards, add_pair
 from evaluate import draw_all
+from pipeline import Pipeline, grid, save_png, to_pil
 from reward import load_reward
-from runs import same_options
-from sample import Model, grid, save_png, to_pil
+from support.cli import (
+    at_least,
+    make_folder,
+    option,
+    parse,
+    pick_device,
+    pick_precision,
+    positive,
+    precision_name,
+    require,
+    run,
+)
+from support.runs import same_options
+from support.weights import WEIGHTS, write_whole
 from unet import UNet
-from weights import WEIGHTS, write_whole
 
 
 @dataclass
@@ -107,7 +118,7 @@ class Measures:
         shards = Shards(HELDOUT, 64)
         real, prompts = zip(*(shards[i] for i in range(min(args.limit, len(shards)))))
         self.args, self.expert, self.prompts, self.real = args, expert, list(prompts), torch.stack(real) / 2 + 0.5
-        self.model, self.judge = Model.from_pretrained(str(POCKET), device, dtype), load_reward(args.judge, device)
+        self.model, self.judge = Pipeline.from_pretrained(str(POCKET), device, dtype), load_reward(args.judge, device)
         require(hasattr(self.judge, "image_features"), f"--judge {args.judge}: has no image features for the Frechet distance; expected a CLIP, such as pocket=FOLDER")
         self.features, self.round_trip = self.features_of(self.real), self.model.round_trip(self.real)
 

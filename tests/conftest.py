@@ -71,8 +71,9 @@ def call(main, *argv):
 
 
 def make_text_encoder(folder, **changes):
-    from text_encoder import TextEncoder
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    from text_encoder import TextEncoder
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     config = CLIPTextConfig(**TEXT | changes, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     TextEncoder(randomize(CLIPTextModel(config)), tokenizer).save_pretrained(folder)
@@ -80,7 +81,12 @@ def make_text_encoder(folder, **changes):
 
 def teacher_pipeline(folder, **scheduler):
     """diffusers' StableDiffusionPipeline with the DDIMScheduler on the parts of a model folder."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
     from transformers import CLIPTextModel, CLIPTokenizer
     pipe = StableDiffusionPipeline(
         AutoencoderKL.from_pretrained(folder / "vae"), CLIPTextModel.from_pretrained(folder / "text_encoder"),
@@ -94,9 +100,10 @@ def teacher_pipeline(folder, **scheduler):
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     """vae/, text_encoder/, tokenizer/, unet/ (a teacher), student/, scheduler/, reward/ and latent_rm/. Read only: copy it to change it."""
+    from transformers import CLIPTokenizer
+
     from latent_rm import LatentRM, LatentRMConfig
     from reward import PocketReward
-    from transformers import CLIPTokenizer
     from unet import UNet as Net, UNetConfig
     from vae import VAE as AutoEncoder, VAEConfig
     torch.manual_seed(0)

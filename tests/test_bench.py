@@ -5,7 +5,7 @@ import torch
 
 import bench
 from conftest import agree, call
-from sample import Model
+from pipeline import Pipeline
 from train import Config
 from unet import UNet
 from vae import VAE
@@ -32,7 +32,7 @@ def test_diffusers_is_given_the_same_work(model_folder):
     device = torch.device("cpu")
     args = bench.Config(batch=2)
     args.rows = bench.ROWS
-    model = Model.from_pretrained(model_folder, device, torch.float32)
+    model = Pipeline.from_pretrained(model_folder, device, torch.float32)
     unet = UNet.from_pretrained(model_folder / "student").requires_grad_(False)
     pair = UNet.from_pretrained(model_folder / "student").train(), UNet.from_pretrained(model_folder / "student")
     torch.manual_seed(0)
@@ -62,7 +62,7 @@ def test_at_sd21_size_the_student_pays_2_percent_for_the_proxys_reward_and_the_e
     meta = torch.device("meta")
     with meta:
         vae = VAE().requires_grad_(False)
-    model, z = Model(vae, None, None, meta, torch.float32), torch.empty(1, 4, 64, 64, device=meta)
+    model, z = Pipeline(vae, None, None, meta, torch.float32), torch.empty(1, 4, 64, 64, device=meta)
 
     def count(grad_checkpoint):
         reward, latent_rm = bench.rewards("sd21", meta, torch.float32, 64, grad_checkpoint)

@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-import cli
+from support import cli
 
 CPU = torch.device("cpu")
 

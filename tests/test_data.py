@@ -9,8 +9,8 @@ from PIL import Image
 import data
 from conftest import CAPTIONS, agree, call, random_png, write_shard
 from data import Shards, StepSampler, batches, load_picture
+from support.weights import InputError
 from vae import VAE
-from weights import InputError
 
 
 def rows(count=10, seed=0, first=0, last=12, rows=4, **where):

@@ -7,7 +7,7 @@ import torch
 
 from conftest import ROOT, call, rand
 from data import Shards
-from weights import InputError
+from support.weights import InputError
 
 sys.path.insert(0, str(ROOT / "pocket"))
 import experiment

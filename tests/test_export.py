@@ -8,9 +8,9 @@ from diffusers import LatentConsistencyModelPipeline
 import export
 import sample
 from conftest import UNET, agree, call, randomize
-from sample import Model
+from pipeline import Pipeline
+from support.weights import WEIGHTS
 from unet import UNet, UNetConfig
-from weights import WEIGHTS
 
 CPU = torch.device("cpu")
 
@@ -33,9 +33,9 @@ def test_diffusers_opens_the_export_and_draws_the_same_pictures(steps, grid, tea
     prompts = ["a red apple", "rocket"]
     theirs = pipe(prompts, num_inference_steps=steps, guidance_scale=7.5, output_type="pt", height=32, width=32,
                   generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)]).images
-    ours = Model.from_pretrained(teacher, CPU, torch.float32).draw(UNet.from_pretrained(teacher / "student"), prompts, [3, 4], steps, 6.5)
+    ours = Pipeline.from_pretrained(teacher, CPU, torch.float32).draw(UNet.from_pretrained(teacher / "student"), prompts, [3, 4], steps, 6.5)
     agree(ours, theirs)
-    exported = Model.from_pretrained(tmp_path / "exported", CPU, torch.float32)  # our own reader opens it as well
+    exported = Pipeline.from_pretrained(tmp_path / "exported", CPU, torch.float32)  # our own reader opens it as well
     assert torch.equal(exported.draw(UNet.from_pretrained(tmp_path / "exported"), prompts, [3, 4], steps, 6.5), ours)
 
 

@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
-import single_file
 from conftest import ROOT
+from support import single_file
+from support.weights import WEIGHTS, load_tokenizer
 from test_weights import LOAD
 from text_encoder import TextEncoder
 from unet import UNet, UNetConfig
 from vae import VAE
-from weights import WEIGHTS, load_tokenizer
 
 pytestmark = pytest.mark.slow
 

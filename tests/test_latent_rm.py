@@ -12,13 +12,21 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTokenizer
 
 import data
 import latent_rm as script
 from conftest import CAPTIONS, LATENT_RM, ROOT, agree, call, rand, randomize, write_shard
-from latent_rm import LatentRM, LatentRMConfig, clip_loss, frozen, preference_accuracy, preference_loss, retrieval
-from transformers import CLIPTokenizer
-from weights import WEIGHTS, InputError
+from latent_rm import (
+    LatentRM,
+    LatentRMConfig,
+    clip_loss,
+    frozen,
+    preference_accuracy,
+    preference_loss,
+    retrieval,
+)
+from support.weights import WEIGHTS, InputError
 
 TINY = LatentRMConfig(**LATENT_RM)
 

@@ -7,9 +7,19 @@ import torch
 from diffusers import DDIMScheduler, LatentConsistencyModelPipeline, LCMScheduler
 
 from conftest import agree, rand
-from lcm_solver import (DDIMSolver, NoiseSchedule, ScheduleConfig, boundary_scalings, consistency_function, guidance_embedding, guided,
-                        huber, sample_ddim, sample_lcm)
-from weights import InputError
+from lcm_solver import (
+    DDIMSolver,
+    NoiseSchedule,
+    ScheduleConfig,
+    boundary_scalings,
+    consistency_function,
+    guidance_embedding,
+    guided,
+    huber,
+    sample_ddim,
+    sample_lcm,
+)
+from support.weights import InputError
 
 SD21 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False}
 KINDS = ["epsilon", "v_prediction"]

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from conftest import CLIP, agree, rand
 from reward import load_reward
-from weights import WEIGHTS, InputError
+from support.weights import WEIGHTS, InputError
 
 PROMPTS = ["a red apple", "rocket", "a fish"]
 

@@ -15,14 +15,22 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
-from transformers import BertTokenizer, BlipVisionConfig, BlipVisionModel, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+from transformers import (
+    BertTokenizer,
+    BlipVisionConfig,
+    BlipVisionModel,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+)
 
 import reward as rewards
-import single_file
 from conftest import ROOT, agree, call, rand, randomize
 from reward import load_reward
-from reward_weights import AsOpenClip, parameters_on_meta
-from weights import InputError, load_tokenizer
+from support import single_file
+from support.reward_weights import AsOpenClip, parameters_on_meta
+from support.weights import InputError, load_tokenizer
 
 DATA = Path(__file__).parent / "data"
 TINY = {"embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
@@ -201,7 +209,7 @@ def imagereward_again(state, images, ids, mask, sizes=VISION, heads=2):
 
 def bert_words(tmp_path):
     file = tmp_path / "vocab.txt"
-    file.write_bytes(gzip.decompress((ROOT / "bert_vocab.txt.gz").read_bytes()))
+    file.write_bytes(gzip.decompress((ROOT / "support" / "bert_vocab.txt.gz").read_bytes()))
     return file
 
 

@@ -9,13 +9,23 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import export
-import single_file
-from conftest import TEXT, UNET, VAE as TINY_VAE, agree, call, make_text_encoder, rand, randomize, teacher_pipeline
+from conftest import (
+    TEXT,
+    UNET,
+    VAE as TINY_VAE,
+    agree,
+    call,
+    make_text_encoder,
+    rand,
+    randomize,
+    teacher_pipeline,
+)
 from lcm_solver import ScheduleConfig
+from support import single_file
+from support.weights import InputError, load_tokenizer
 from text_encoder import TextEncoder
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
-from weights import InputError, load_tokenizer
 
 SD1 = {"use_linear_projection": False, "attention_head_dim": 4}
 
@@ -170,9 +180,9 @@ def test_the_built_in_tokenizer_gives_clips_ids(pad, kind):
 
 @torch.no_grad()
 def test_the_picture_from_a_single_file_equals_diffusers(kind, teacher, file):
-    from sample import Model
+    from pipeline import Pipeline
     pipe = teacher_pipeline(teacher)
-    model = Model.from_pretrained(file, torch.device("cpu"), torch.float32)
+    model = Pipeline.from_pretrained(file, torch.device("cpu"), torch.float32)
     ours = model.draw(UNet.from_pretrained(file), ["a red apple"], [3], 4, 6.5, "ddim", size=(32, 32), negative="rocket")
     theirs = pipe("a red apple", negative_prompt="rocket", num_inference_steps=4, guidance_scale=7.5, height=32, width=32, output_type="pt",
                   generator=torch.Generator().manual_seed(3)).images

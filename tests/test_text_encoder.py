@@ -5,10 +5,10 @@ import torch
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from conftest import agree, make_text_encoder
-from sample import Model
+from pipeline import Pipeline
+from support.weights import InputError
 from text_encoder import TextEncoder
 from unet import UNet
-from weights import InputError
 
 PROMPTS = ["a red apple", "", "house, " * 60]
 
@@ -56,7 +56,7 @@ def test_wrong_token_ids_in_the_config_file_do_no_harm(model_folder, model_copy)
 
 def test_width_that_does_not_match_the_unet_is_reported(model_copy):
     make_text_encoder(model_copy, hidden_size=48)
-    model = Model.from_pretrained(model_copy, torch.device("cpu"), torch.float32)
+    model = Pipeline.from_pretrained(model_copy, torch.device("cpu"), torch.float32)
     with pytest.raises(InputError, match="cross_attention_dim 32.* 48"):
         model.check(UNet.from_pretrained(model_copy), model_copy / "unet", student=False)
 

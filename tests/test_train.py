@@ -14,17 +14,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import cli
 import train
 from conftest import CAPTIONS, ROOT, agree, call, rand, randomize, write_shard
 from data import Shards, positions
 from latent_rm import LatentRM, preference_loss
 from lcm_solver import DDIMSolver, NoiseSchedule, ScheduleConfig
+from pipeline import Pipeline
 from reward import load_reward
-from runs import rate_factor
-from sample import Model
+from support import cli
+from support.runs import rate_factor
+from support.weights import WEIGHTS
 from unet import UNet
-from weights import WEIGHTS
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +104,7 @@ def network(model_folder, seed, **more):
 @pytest.fixture(params=["epsilon", "v_prediction"])
 def scene(request, model_folder, shard):
     """All that one call of distillation_loss takes; the four networks differ from each other."""
-    model = Model.from_pretrained(model_folder, torch.device("cpu"), torch.float32)
+    model = Pipeline.from_pretrained(model_folder, torch.device("cpu"), torch.float32)
     model.schedule = NoiseSchedule(ScheduleConfig(prediction_type=request.param))
     teacher = network(model_folder, 1).requires_grad_(False)
     student, target = network(model_folder, 2, w_embed_dim=256), network(model_folder, 3, w_embed_dim=256).requires_grad_(False)
@@ -306,7 +306,7 @@ def test_draws_have_the_right_distribution():
     noise, _, index, u = train.random_draws(0, range(3000), (4,), 50, "cpu")
     assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
     assert index.min() == 0 and index.max() == 49 and abs(index.float().mean() - 24.5) < 1
-    assert 0 <= u.min() and u.max() < 1 and abs(u.mean() - 0.5) < 0.03
+    assert u.min() >= 0 and u.max() < 1 and abs(u.mean() - 0.5) < 0.03
 
 
 # ------------------------------------------------------------------------------------------- the run
@@ -428,8 +428,8 @@ def test_a_proxy_that_trains_nothing_stays_as_it_was(fit, tmp_path, model_folder
 
 
 def test_a_proxy_for_other_latents_is_refused(fit, tmp_path, model_folder, capsys):
-    from latent_rm import LatentRMConfig
     from conftest import LATENT_RM
+    from latent_rm import LatentRMConfig
     tokenizer = LatentRM.from_pretrained(model_folder).tokenizer
     for change, named in (({"latent_size": 16}, "(4, 16, 16)"), ({"latent_channels": 16}, "(16, 8, 8)")):
         LatentRM(LatentRMConfig(**LATENT_RM | change), tokenizer).save_pretrained(tmp_path / "other")

@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from conftest import UNET, agree, rand, randomize
 from lcm_solver import NoiseSchedule, ScheduleConfig, guidance_embedding
+from support.weights import WEIGHTS, InputError
 from unet import UNet, UNetConfig
-from weights import WEIGHTS, InputError
 
 
 def inputs(h=8, w=8, width=32):

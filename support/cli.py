@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from weights import InputError
+from support.weights import InputError
+
+POCKET = Path(__file__).resolve().parent.parent / "pocket"  # the embedded model: what every default names
 
 
 def parse(defaults, doc, argv=None):

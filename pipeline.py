@@ -1,0 +1,94 @@
+"""A prompt becomes a picture: `Pipeline`, the frozen parts around a UNet, and pictures as PIL images and PNG files."""
+import math
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from lcm_solver import NoiseSchedule, ScheduleConfig, draw_noise, sample_ddim, sample_lcm
+from support.cli import autocast, require
+from text_encoder import TextEncoder
+from vae import VAE
+
+
+@dataclass
+class Pipeline:
+    """The frozen parts around a UNet: VAE and text encoder with weights of `dtype`, and the noise schedule."""
+    vae: VAE
+    text_encoder: TextEncoder
+    schedule: NoiseSchedule
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def from_pretrained(cls, path, device, dtype):
+        """path: a model folder, a single-file checkpoint or a hub id."""
+        return cls(VAE.from_pretrained(path, dtype, device).requires_grad_(False), TextEncoder.from_pretrained(path, dtype, device).requires_grad_(False),
+                   NoiseSchedule(ScheduleConfig.from_pretrained(path), device), device, dtype)
+
+    def check(self, unet, where, student):
+        """-> the UNet, if it belongs to this model and is a student (has a guidance embedding) or a teacher, as `student` says."""
+        latents = self.vae.config.latent_channels
+        require(unet.config.in_channels == unet.config.out_channels == latents, f"{where}: a UNet from {unet.config.in_channels} to "
+                f"{unet.config.out_channels} channels, but the VAE's latents have {latents}; inpainting, depth and upscaling models do not work here")
+        require(bool(unet.config.time_cond_proj_dim) == student, f"{where}: " + (
+            "a teacher (no guidance embedding); expected a student (teachers: sample.py --solver ddim)" if student else
+            "a student; expected a teacher (students: sample.py --solver lcm)"))
+        require(unet.config.cross_attention_dim == self.text_encoder.dim,
+                f"{where}: the UNet's config says cross_attention_dim {unet.config.cross_attention_dim}, the text encoder gives "
+                f"{self.text_encoder.dim}: do the UNet and the model belong together?")
+        return unet
+
+    def decode(self, latents):
+        """Scaled latents [B,4,h,w] -> images [B,3,H,W] in [0,1], float32."""
+        return (self.vae.decode(latents).float() / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def draw(self, unet, prompts, seeds, steps, w, solver="lcm", size=None, negative="", progress=iter):
+        """B prompts and B seeds -> images [B,3,H,W] in [0,1], float32. size: (H, W) in pixels; negative: prompt that ddim's
+        guidance leads away from; progress: wraps the list of timesteps, as tqdm does."""
+        h, w_ = size or (unet.config.sample_size * self.vae.factor,) * 2
+        shape = (len(prompts), unet.config.in_channels, h // self.vae.factor, w_ // self.vae.factor)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        latents = draw_noise(shape, generators, self.device)
+        master = unet.conv_in.weight.dtype == torch.float32  # weights in training: computed with in self.dtype all the same
+        with autocast(self.device, self.dtype if master else torch.float32):
+            context = self.text_encoder(prompts)
+            if solver == "lcm":
+                latents = sample_lcm(unet, self.schedule, latents, context, w, steps, generators, progress)
+            else:
+                latents = sample_ddim(unet, self.schedule, latents, context, self.text_encoder([negative]), w, steps, progress)
+            return self.decode(latents)
+
+    @torch.no_grad()
+    def round_trip(self, images):
+        """Images [N,3,H,W] in [0,1] -> the same through the VAE, float32 on the CPU."""
+        decoded = []
+        for part in (2 * images - 1).split(64):
+            latents = self.vae.posterior(part.to(self.device))[0] * self.vae.config.scaling_factor
+            decoded.append(self.decode(latents).cpu())
+        return torch.cat(decoded)
+
+
+def to_pil(image):
+    """[3,H,W] in [0,1] -> PIL image."""
+    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def grid(images, columns):
+    """[N,3,H,W] in [0,1] -> one PIL image of the pictures in rows of `columns`, on white."""
+    n, _, h, w = images.shape
+    sheet = Image.new("RGB", (columns * w, math.ceil(n / columns) * h), "white")
+    for i, image in enumerate(images):
+        sheet.paste(to_pil(image), (i % columns * w, i // columns * h))
+    return sheet
+
+
+def save_png(image, file, **text):
+    info = PngInfo()
+    for key, value in text.items():
+        info.add_itxt(key, str(value))
+    new = file.with_suffix(".new")
+    image.save(new, "PNG", pnginfo=info)
+    new.rename(file)
