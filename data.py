@@ -1,10 +1,15 @@
-"""Captioned pictures from tar shards in the webdataset layout (CC12M's): NAME.jpg|png|webp + NAME.txt, or, pre-encoded,
-NAME.npy (float16 [2,4,h,w]: the posterior's mean and std, unscaled) + NAME.txt.
+"""Captioned pictures from tar shards in the webdataset layout, which is CC12M's.
 
-    python data.py --data 'shards/*.tar' --out encoded/ --model MODEL --resolution 512     # encode once, train often
+    NAME.jpg|png|webp + NAME.txt    a picture and its caption
+    NAME.npy + NAME.txt             the same encoded: float16 [2,4,h,w], mean and std, unscaled
 
-Every sample is addressed by its place in its tar, so the order is a pure function of (seed, position): a run can stop
-anywhere and go on exactly there, and two processes draw together what one with twice the rows draws.
+Encode once, train often:
+
+    python data.py --data 'shards/*.tar' --out encoded/ --model MODEL --resolution 512
+
+Every sample is addressed by its place in its tar, so the order is a pure function of (seed,
+position): a run can stop anywhere and go on exactly there, and two processes draw together what
+one with twice the rows draws.
 """
 import functools
 import glob
@@ -20,18 +25,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from support.cli import (
-    POCKET,
-    at_least,
-    autocast,
-    make_folder,
-    option,
-    parse,
-    pick_device,
-    pick_precision,
-    require,
-    run,
-)
+from support import cli
+from support.cli import POCKET, at_least, make_folder, option, parse, require, run
 from support.runs import same_options
 from support.weights import InputError, read_json, write_whole
 
@@ -39,46 +34,54 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class Shards(torch.utils.data.Dataset):
-    """path: a tar, a folder of tars, or a glob. Item i -> (tensor, caption); the tensor is an image [3,R,R] in [-1,1] (shortest
-    side resized to `resolution`, centre crop) or, where the shards are pre-encoded, the float32 posterior [2,4,h,w]. name: of the option
-    that gave the path, for messages."""
+    """path: a tar, a folder of tars, or a glob. Item i -> (tensor, caption).
+
+    The tensor is an image [3,R,R] in [-1,1] (shortest side resized to `resolution`, centre crop)
+    or, where the shards are pre-encoded, the float32 posterior [2,4,h,w]. name: of the option that
+    gave the path, for messages."""
 
     def __init__(self, path, resolution, name="--data"):
         self.resolution = resolution
-        self.files = sorted(glob.glob(str(Path(path) / "*.tar") if Path(path).is_dir() else str(path)))
-        require(self.files, f"{name} {path}: no such shards; expected a .tar, a folder of them, or a glob such as 'shards/*.tar'")
-        rows = []  # file number, offset and size of the picture or posterior, offset and size of the caption
-        suffixes = set()
+        pattern = Path(path) / "*.tar" if Path(path).is_dir() else path
+        self.files = sorted(glob.glob(str(pattern)))
+        require(self.files,
+                f"{name} {path}: no such shards; expected a .tar, a folder of them, "
+                f"or a glob such as 'shards/*.tar'")
+        rows = []  # file number, offset and size of the picture or posterior, and of the caption
+        kinds = set()
         for number, file in enumerate(self.files):
-            parts = {}
-            try:
-                with tarfile.open(file, "r:") as tar:
-                    for member in tar:
-                        stem, dot, suffix = member.name.rpartition(".")
-                        tar.members = []  # else tarfile keeps them all
-                        parts.setdefault(stem, {})[dot + suffix.lower()] = (member.offset_data, member.size)
-                    if tar.offset + tarfile.BLOCKSIZE > os.path.getsize(file):  # no end-of-archive block was there
-                        raise tarfile.ReadError("it ends too early")
-            except (tarfile.TarError, OSError, EOFError) as error:
-                raise InputError(f"{file}: not a whole tar file ({error}); copy the shard again or leave it out") from None
-            for stem, part in parts.items():
+            for part in members(file).values():
                 content = next((s for s in (".npy", *PICTURES) if s in part), None)
                 if content and ".txt" in part:
                     rows.append((number, *part[content], *part[".txt"]))
-                    suffixes.add(content == ".npy")
-        self.samples = np.array(rows, dtype=np.int64)  # one array: small, and shared by the loading processes
-        require(rows, f"{path}: no pairs in these shards; expected NAME.jpg|png|webp or NAME.npy beside NAME.txt")
-        require(len(suffixes) == 1, f"{path}: some shards hold pictures and some hold latents; give one kind")
-        self.encoded = suffixes.pop()
-        require(not self.encoded or (self.samples[:, 2] == self.samples[0, 2]).all(),
-                f"{path}: latents of several sizes; give shards that were encoded at one resolution")
+                    kinds.add(content == ".npy")
+        self.samples = np.array(rows, dtype=np.int64)  # small, shared by the loading processes
+        require(rows,
+                f"{path}: no pairs in these shards; "
+                f"expected NAME.jpg|png|webp or NAME.npy beside NAME.txt")
+        require(len(kinds) == 1,
+                f"{path}: some shards hold pictures and some hold latents; give one kind")
+        self.encoded = kinds.pop()
         if self.encoded:
-            shape = tuple(self[0][0].shape)
-            require(len(shape) == 4 and shape[0] == 2 and shape[2] == shape[3], f"{self.files[0]}: posteriors {shape}; expected (2, C, s, s), mean and "
-                                                                                f"std, as data.py writes them")
-            for record in {Path(file).parent / "config.json" for file in self.files}:
-                encoded_at = read_json(record).get("resolution", resolution) if record.is_file() else resolution
-                require(encoded_at == resolution, f"{path}: encoded at --resolution {encoded_at}, now {resolution}; give the same, or encode them again")
+            self.check_posteriors(path, resolution)
+
+    def check_posteriors(self, path, resolution):
+        """Refuse posteriors of several sizes, another shape, or encoded at another resolution."""
+        sizes = self.samples[:, 2]
+        require((sizes == sizes[0]).all(),
+                f"{path}: latents of several sizes; "
+                f"give shards that were encoded at one resolution")
+        shape = tuple(self[0][0].shape)
+        require(len(shape) == 4 and shape[0] == 2 and shape[2] == shape[3],
+                f"{self.files[0]}: posteriors {shape}; expected (2, C, s, s), mean and std, "
+                f"as data.py writes them")
+        for folder in {Path(file).parent for file in self.files}:
+            if not (folder / "config.json").is_file():
+                continue
+            encoded_at = read_json(folder / "config.json").get("resolution", resolution)
+            require(encoded_at == resolution,
+                    f"{path}: encoded at --resolution {encoded_at}, now {resolution}; "
+                    f"give the same, or encode them again")
 
     def __len__(self):
         return len(self.samples)
@@ -96,10 +99,31 @@ class Shards(torch.utils.data.Dataset):
         number, *place = self.samples[i, :3].tolist()
         data = self.read(number, *place)
         try:
-            tensor = torch.from_numpy(np.load(io.BytesIO(data))).float() if self.encoded else load_picture(data, self.resolution)
+            if self.encoded:
+                tensor = torch.from_numpy(np.load(io.BytesIO(data))).float()
+            else:
+                tensor = load_picture(data, self.resolution)
         except Exception as error:  # whatever PIL or numpy make of broken bytes
-            raise InputError(f"{self.files[number]}: sample {i} is unreadable ({error}); make the shard again") from None
+            raise InputError(f"{self.files[number]}: sample {i} is unreadable ({error}); "
+                             f"make the shard again") from None
         return tensor, self.caption(i)
+
+
+def members(file):
+    """The files in a tar by name: {NAME: {".suffix": (offset, size)}}."""
+    found = {}
+    try:
+        with tarfile.open(file, "r:") as tar:
+            for member in tar:
+                stem, dot, suffix = member.name.rpartition(".")
+                tar.members = []  # else tarfile keeps them all
+                found.setdefault(stem, {})[dot + suffix.lower()] = member.offset_data, member.size
+            if tar.offset + tarfile.BLOCKSIZE > os.path.getsize(file):  # no end-of-archive block
+                raise tarfile.ReadError("it ends too early")
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise InputError(f"{file}: not a whole tar file ({error}); "
+                         f"copy the shard again or leave it out") from None
+    return found
 
 
 def load_picture(data, resolution):
@@ -123,7 +147,8 @@ def permutation(seed, epoch, count):
 
 
 def mix(seed, number):
-    """Two integers -> one 63-bit seed; neighbours give unrelated seeds (the finaliser of splitmix64)."""
+    """Two integers -> one 63-bit seed. Neighbours give unrelated seeds (the finaliser of
+    splitmix64)."""
     z = (seed * 0x9E3779B97F4A7C15 + number * 0xD1B54A32D192ED03 + 0x2545F4914F6CDD1D) & (2**64 - 1)
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
@@ -131,30 +156,36 @@ def mix(seed, number):
 
 
 class StepSampler:
-    """Yields, for step first, first+1, ...: the sample numbers of this rank's rows of the global batch. Each epoch is a fresh
-    permutation; step k takes the positions k*G .. (k+1)*G - 1 of their concatenation, G = rows * world."""
+    """Yields, for step first, first+1, ...: the sample numbers of this rank's rows of the global
+    batch. Each epoch is a fresh permutation; step k takes the positions k*G .. (k+1)*G - 1 of their
+    concatenation, G = rows * world."""
 
     def __init__(self, count, seed, first, last, rows, rank=0, world=1):
-        self.count, self.seed, self.steps, self.rows, self.rank, self.world = count, seed, range(first, last), rows, rank, world
+        self.count, self.seed, self.steps = count, seed, range(first, last)
+        self.rows, self.rank, self.world = rows, rank, world
 
     def __len__(self):
         return len(self.steps)
 
     def __iter__(self):
         for step in self.steps:
-            yield [permutation(self.seed, p // self.count, self.count)[p % self.count].item()
-                   for p in positions(step, self.rows, self.rank, self.world)]
+            numbers = []
+            for position in positions(step, self.rows, self.rank, self.world):
+                epoch, place = divmod(position, self.count)
+                numbers.append(permutation(self.seed, epoch, self.count)[place].item())
+            yield numbers
 
 
 def positions(step, rows, rank=0, world=1):
-    """The places in the endless stream of samples that this rank's `rows` rows of step `step` take."""
+    """The places in the endless stream of samples that this rank's `rows` rows of a step take."""
     first = (step * world + rank) * rows
     return range(first, first + rows)
 
 
 def random_draws(seed, places, shape, grid_points, device):
-    """Everything random about the samples at `places` of the stream: posterior noise, diffusion noise [B,*shape], grid index
-    i [B] and u in [0,1) [B] for w. One generator per sample, so nothing depends on batch, rank or number of processes."""
+    """Everything random about the samples at `places` of the stream: posterior noise, diffusion
+    noise [B,*shape], grid index i [B] and u in [0,1) [B] for w. One generator per sample, so
+    nothing depends on batch, rank or number of processes."""
     rows = []
     for place in places:
         g = torch.Generator().manual_seed(mix(mix(seed, 1), place))
@@ -165,8 +196,9 @@ def random_draws(seed, places, shape, grid_points, device):
 
 def batches(shards, seed, first, last, rows, rank=0, world=1, workers=0):
     """An iterator over steps first..last-1 of (tensors [rows,...], list of captions)."""
-    return torch.utils.data.DataLoader(shards, batch_sampler=StepSampler(len(shards), seed, first, last, rows, rank, world),
-                                       num_workers=workers, pin_memory=torch.cuda.is_available())
+    sampler = StepSampler(len(shards), seed, first, last, rows, rank, world)
+    return torch.utils.data.DataLoader(
+        shards, batch_sampler=sampler, num_workers=workers, pin_memory=torch.cuda.is_available())
 
 
 def add_pair(tar, stem, suffix, data, caption):
@@ -179,7 +211,8 @@ def add_pair(tar, stem, suffix, data, caption):
 
 @dataclass
 class Config:
-    data: str = option(str(POCKET / "data" / "train-*.tar"), "shards to encode: a tar, a folder or a glob")
+    data: str = option(
+        str(POCKET / "data" / "train-*.tar"), "shards to encode: a tar, a folder or a glob")
     out: str = option("runs/encoded", "folder for the encoded shards")
     model: str = option(str(POCKET), "model folder whose VAE encodes")
     resolution: int = option(64, "side of the square pictures in pixels")
@@ -188,40 +221,50 @@ class Config:
     precision: str = option("auto", "arithmetic of the VAE", choices=("auto", "bf16", "fp32"))
 
 
+def encode(shards, numbers, vae, tar, args, device, dtype):
+    """Write the posteriors of the samples with these numbers, and their captions, into a tar."""
+    for start in tqdm(range(0, len(numbers), args.batch), desc=Path(tar.name).stem):
+        images, captions = zip(*(shards[i] for i in numbers[start:start + args.batch]))
+        with cli.autocast(device, dtype):
+            mean, std = vae.posterior(torch.stack(images).to(device))
+        posteriors = torch.stack([mean, std], dim=1).to("cpu", torch.float16)  # [B, 2, 4, h, w]
+        for i, (posterior, caption) in enumerate(zip(posteriors.numpy(), captions), start):
+            buffer = io.BytesIO()
+            np.save(buffer, posterior)
+            add_pair(tar, f"{i:08d}", "npy", buffer.getvalue(), caption)
+
+
 @torch.no_grad()
 def main():
     from vae import VAE
     args = parse(Config(), __doc__)
     at_least(1, args, "batch")
-    device = pick_device(args.device)
-    dtype = pick_precision(args.precision, device)
-    vae, shards = VAE.from_pretrained(args.model, device=device), Shards(args.data, args.resolution)
+    device = cli.pick_device(args.device)
+    dtype = cli.pick_precision(args.precision, device)
+    vae = VAE.from_pretrained(args.model, device=device)
+    shards = Shards(args.data, args.resolution)
     require(not shards.encoded, f"{args.data}: already encoded")
-    names = [Path(file).name for file in shards.files]
-    made_from = {"data": args.data, "model": args.model, "resolution": args.resolution}
-    require(len(set(names)) == len(names), f"--data {args.data}: two shards of the same name; encode them into separate folders")
-    require(all(Path(file).resolve().parent != Path(args.out).resolve() for file in shards.files), f"--out {args.out}: holds the pictures; give another folder")
+    files = [Path(file) for file in shards.files]
+    require(len({file.name for file in files}) == len(files),
+            f"--data {args.data}: two shards of the same name; encode them into separate folders")
+    require(all(file.resolve().parent != Path(args.out).resolve() for file in files),
+            f"--out {args.out}: holds the pictures; give another folder")
     out = make_folder(args.out)
+    made_from = {"data": args.data, "model": args.model, "resolution": args.resolution}
     same_options(out, made_from)
     write_whole(out / "config.json", json.dumps(made_from, indent=2) + "\n")
-    groups = {}
+
+    groups = {}  # file number: numbers of its samples
     for i, number in enumerate(shards.samples[:, 0].tolist()):
         groups.setdefault(number, []).append(i)
-    for number, members in groups.items():
-        target = out / Path(shards.files[number]).name
-        if target.exists():  # encoded by an earlier, interrupted run
+    for number, numbers in groups.items():
+        encoded = out / files[number].name
+        if encoded.exists():  # by an earlier, interrupted run
             continue
-        new = target.with_suffix(".new")
+        new = encoded.with_suffix(".new")
         with tarfile.open(new, "w") as tar:
-            for start in tqdm(range(0, len(members), args.batch), desc=target.name):
-                images, captions = zip(*(shards[i] for i in members[start:start + args.batch]))
-                with autocast(device, dtype):
-                    posterior = torch.stack(vae.posterior(torch.stack(images).to(device)), dim=1)  # [B,2,4,h,w]
-                for i, (stats, caption) in enumerate(zip(posterior.to("cpu", torch.float16).numpy(), captions), start):
-                    buffer = io.BytesIO()
-                    np.save(buffer, stats)
-                    add_pair(tar, f"{i:08d}", "npy", buffer.getvalue(), caption)
-        new.rename(target)
+            encode(shards, numbers, vae, tar, args, device, dtype)
+        new.rename(encoded)
 
 
 if __name__ == "__main__":

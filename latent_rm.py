@@ -1,12 +1,18 @@
-"""The latent proxy reward model (LRM): a CLIP whose image tower reads latents (RG-LCD, section 4.2), and its pre-training.
+"""The latent proxy reward model (LRM): a CLIP whose image tower reads latents, and its pre-training
+(RG-LCD, section 4.2).
 
-The student maximises the LRM's score without decoding anything; meanwhile the LRM learns to rank like the expert reward
-model, which is only ever asked to compare and so may be a black box. Before that, it learns what goes with what:
+The student maximises the LRM's score without decoding anything. Meanwhile the LRM learns to rank
+like the expert reward model, which is only ever asked to compare and so may be a black box. Before
+all that, it learns which latents go with which words:
 
-    python latent_rm.py --text-tower pocket/reward/diffusion_pytorch_model.safetensors --no-train-text   # the pocket's, on a laptop
+    # the pocket's, on a laptop
+    python latent_rm.py --text-tower pocket/reward/diffusion_pytorch_model.safetensors \\
+        --no-train-text
 
-    torchrun --nproc_per_node=8 latent_rm.py --size sd21 --model MODEL --data 'encoded/*.tar' --heldout 'encoded-heldout/*.tar' --workers 8 \\
-        --out runs/latent_rm21 --resolution 512 --batch-size 480 --lr 5e-4 --steps 100000 --warmup 2000 --text-tower HPS_v2.1_compressed.pt
+    torchrun --nproc_per_node=8 latent_rm.py --size sd21 --model MODEL --data 'encoded/*.tar' \\
+        --heldout 'encoded-heldout/*.tar' --workers 8 --out runs/latent_rm21 --resolution 512 \\
+        --batch-size 480 --lr 5e-4 --steps 100000 --warmup 2000 \\
+        --text-tower HPS_v2.1_compressed.pt
 
 train.py --latent-rm then distils through it.
 
@@ -24,29 +30,10 @@ import torch.nn.functional as F
 from open_clip.transformer import TextTransformer
 from torch import nn
 
-from data import Shards, batches, positions, random_draws
-from support import single_file
-from support.cli import (
-    POCKET,
-    at_least,
-    autocast,
-    fast_attention,
-    option,
-    parse,
-    positive,
-    require,
-    run,
-)
+import data
+from support import cli, runs, single_file
+from support.cli import POCKET, at_least, option, parse, positive, require, run
 from support.reward_weights import open_clip_weights
-from support.runs import (
-    Log,
-    RunConfig,
-    average_over_processes,
-    open_run,
-    rate_factor,
-    save_checkpoint,
-    setup_processes,
-)
 from support.weights import (
     InputError,
     find_component,
@@ -84,17 +71,21 @@ class LatentViT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        tokens = (config.latent_size // config.patch_size) ** 2
-        self.patch = nn.Conv2d(config.latent_channels, config.width, config.patch_size, stride=config.patch_size)
-        self.position = nn.Parameter(0.02 * torch.randn(tokens, config.width))
+        width, patch = config.width, config.patch_size
+        tokens = (config.latent_size // patch) ** 2
+        self.patch = nn.Conv2d(config.latent_channels, width, patch, stride=patch)
+        self.position = nn.Parameter(0.02 * torch.randn(tokens, width))
         self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(config.width, config.heads, 4 * config.width, dropout=0.0, activation="gelu",
-                                       batch_first=True, norm_first=True) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.width)
-        self.proj = nn.Linear(config.width, config.embed_dim, bias=False)
+            nn.TransformerEncoderLayer(
+                width, config.heads, 4 * width, dropout=0.0, activation="gelu",
+                batch_first=True, norm_first=True)
+            for _ in range(config.layers))
+        self.norm = nn.LayerNorm(width)
+        self.proj = nn.Linear(width, config.embed_dim, bias=False)
 
     def forward(self, latents):
-        x = self.patch(latents).flatten(2).transpose(1, 2) + self.position  # [B, tokens, width]
+        x = self.patch(latents).flatten(2).transpose(1, 2)  # [B, tokens, width]
+        x = x + self.position
         for block in self.blocks:
             x = block(x)
         return self.proj(self.norm(x.mean(dim=1)))
@@ -103,7 +94,8 @@ class LatentViT(nn.Module):
 class LatentRM(nn.Module):
     """latent_rm(unscaled latents [B,C,s,s], B prompts) -> [B] cosine similarities, float32.
 
-    tokenizer: transformers' CLIPTokenizer. logit_scale: log of CLIP's inverse temperature, of pre-training only."""
+    tokenizer: transformers' CLIPTokenizer. logit_scale: the log of CLIP's inverse temperature,
+    which only the pre-training uses."""
 
     Config = LatentRMConfig
 
@@ -111,49 +103,65 @@ class LatentRM(nn.Module):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
         self.visual = LatentViT(config)
-        self.text = TextTransformer(config.context_length, config.vocab_size, config.text_width, config.text_heads,
-                                    config.text_layers, output_dim=config.embed_dim)
+        self.text = TextTransformer(
+            config.context_length, config.vocab_size, config.text_width, config.text_heads,
+            config.text_layers, output_dim=config.embed_dim)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     @classmethod
     def from_pretrained(cls, path, dtype=None, device=None):
-        """path: a folder with config.json, the weights, and tokenizer/ in it or beside it; or a run folder with latent_rm/ in it.
-        Raises InputError on anything but an exact fit."""
+        """path: a folder with config.json, the weights, and tokenizer/ in it or beside it; or a
+        run folder with latent_rm/ in it. Raises InputError on anything but an exact fit."""
         latent_rm = load_component(cls, path, "latent_rm", dtype, device)
-        latent_rm.text.attn_mask = latent_rm.text.build_causal_mask().to(device)  # not in the file
+        mask = latent_rm.text.build_causal_mask()  # not in the file
+        latent_rm.text.attn_mask = mask.to(device)
+
         folder = find_component(path, "latent_rm").folder
-        words = next((f / "tokenizer" for f in (folder, folder.parent) if (f / "tokenizer").is_dir()), folder / "tokenizer")
+        places = folder / "tokenizer", folder.parent / "tokenizer"
+        words = next((place for place in places if place.is_dir()), places[0])
         latent_rm.tokenizer = load_tokenizer(words)
-        require(len(latent_rm.tokenizer) == latent_rm.config.vocab_size, f"{words}: {len(latent_rm.tokenizer)} tokens, but {folder}/config.json "
-                                                                         f"says vocab_size {latent_rm.config.vocab_size}: do they belong together?")
+        require(len(latent_rm.tokenizer) == latent_rm.config.vocab_size,
+                f"{words}: {len(latent_rm.tokenizer)} tokens, but {folder}/config.json says "
+                f"vocab_size {latent_rm.config.vocab_size}: do they belong together?")
         return latent_rm
 
     def save_pretrained(self, folder, dtype=None):
-        """Write config.json, the weights and tokenizer/ into `folder`, which appears whole or not at all."""
+        """Write config.json, the weights and tokenizer/ into `folder`, which appears whole or not
+        at all."""
         with whole_folder(folder) as new:
             save_component(self, new, "LatentRM", dtype)
             self.tokenizer.save_pretrained(new / "tokenizer")
 
     def read_text_tower(self, file):
-        """Take the text tower of a CLIP: a file of open_clip's layout or of transformers' CLIPModel, such as HPS_v2.1_compressed.pt.
-        Raises InputError on anything but an exact fit."""
-        component = open_clip_weights(file, r"^visual\.|^logit_(scale|bias)$|position_ids$|attn_mask$")
+        """Take the text tower of a CLIP: a file of open_clip's layout or of transformers'
+        CLIPModel, such as HPS_v2.1_compressed.pt. Raises InputError on anything but an exact
+        fit."""
+        component = open_clip_weights(
+            file, r"^visual\.|^logit_(scale|bias)$|position_ids$|attn_mask$")
         load_strictly(self.text, component, device=self.logit_scale.device)
 
     def image_features(self, latents):
         """Unscaled latents [B,C,s,s] -> unit vectors [B,D], float32."""
-        shape = (self.config.latent_channels, self.config.latent_size, self.config.latent_size)
-        require(latents.shape[1:] == shape, f"latents {tuple(latents.shape)}: this LRM reads [B, {', '.join(map(str, shape))}]")
+        side = self.config.latent_size
+        shape = (self.config.latent_channels, side, side)
+        require(latents.shape[1:] == shape,
+                f"latents {tuple(latents.shape)}: "
+                f"this LRM reads [B, {', '.join(map(str, shape))}]")
         return F.normalize(self.visual(latents).float(), dim=-1)
 
     def text_features(self, prompts):
-        """A list of B prompts -> unit vectors [B,D], float32. A prompt is cut at the tower's context_length."""
-        ids = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=self.config.context_length,
-                             return_tensors="pt").input_ids
-        return F.normalize(self.text(ids.to(self.logit_scale.device)).float(), dim=-1)
+        """B prompts -> unit vectors [B,D], float32. A prompt is cut at the tower's
+        context_length."""
+        tokens = self.tokenizer(
+            list(prompts), padding="max_length", truncation=True,
+            max_length=self.config.context_length, return_tensors="pt")
+        ids = tokens.input_ids.to(self.logit_scale.device)
+        return F.normalize(self.text(ids).float(), dim=-1)
 
     def forward(self, latents, prompts):
-        require(len(latents) == len(prompts), f"{len(latents)} latents for {len(prompts)} prompts; expected one prompt a latent")
+        require(len(latents) == len(prompts),
+                f"{len(latents)} latents for {len(prompts)} prompts; "
+                f"expected one prompt a latent")
         return (self.image_features(latents) * self.text_features(prompts)).sum(dim=-1)
 
     def compile(self, **options):
@@ -161,9 +169,11 @@ class LatentRM(nn.Module):
         self.text.compile(**options)
 
     def train_top(self, image_layers, text_layers):
-        """Make the last so many blocks of the two towers trainable, and nothing else. -> these parameters"""
+        """Make the last so many blocks of the two towers trainable, and nothing else.
+        -> these parameters"""
         self.requires_grad_(False)
-        for blocks, count in ((self.visual.blocks, image_layers), (self.text.transformer.resblocks, text_layers)):
+        towers = (self.visual.blocks, image_layers), (self.text.transformer.resblocks, text_layers)
+        for blocks, count in towers:
             blocks[max(0, len(blocks) - count):].requires_grad_(True)
         return [p for p in self.parameters() if p.requires_grad]
 
@@ -180,25 +190,34 @@ def frozen(module):
             p.requires_grad_(True)
 
 
+# ------------------------------------------------------------------------------------ preferences
+
 def in_pairs(expert_scores, lrm_scores):
     """Both [B, K], K candidates for the same prompt -> both [B, K(K-1)/2, 2], each two of them."""
     shape = expert_scores.shape
-    require(shape == lrm_scores.shape and len(shape) == 2 and shape[1] >= 2, f"the expert's scores {tuple(shape)}, the LRM's {tuple(lrm_scores.shape)}: "
-                                                                             f"expected the same [B, K] with K >= 2 candidates to compare")
+    require(shape == lrm_scores.shape and len(shape) == 2 and shape[1] >= 2,
+            f"the expert's scores {tuple(shape)}, the LRM's {tuple(lrm_scores.shape)}: "
+            f"expected the same [B, K] with K >= 2 candidates to compare")
     pairs = torch.combinations(torch.arange(shape[1], device=expert_scores.device))
     return expert_scores[:, pairs], lrm_scores[:, pairs]
 
 
 def preference_loss(expert_scores, lrm_scores, tau=1.0, tau_lrm=1.0, kind="kl"):
-    """How far the LRM's preference in each pair of candidates is from the expert's (RG-LCD, eq. 11).
+    """How far the LRM's preference in each pair of candidates is from the expert's (eq. 11).
 
-    expert_scores, lrm_scores: [B, K], K >= 2 candidates for the same prompt. For each of the K(K-1)/2 pairs: "kl" is
-    KL(softmax(expert / tau) || softmax(lrm / tau_lrm)); "ce" is the cross-entropy on the candidate that the expert
-    prefers, and on both alike where it prefers none. Mean over the batch, summed over pairs; the gradient reaches lrm_scores only.
+    expert_scores, lrm_scores: [B, K], K >= 2 candidates for the same prompt. For each of the
+    K(K-1)/2 pairs:
+
+        kl    KL( softmax(expert / tau) || softmax(lrm / tau_lrm) )
+        ce    the cross-entropy on the candidate that the expert prefers, and on both alike where
+              it prefers none
+
+    Mean over the batch, summed over pairs; the gradient reaches lrm_scores only.
     """
     require(kind in ("kl", "ce"), f"kind {kind!r}: expected kl or ce")
-    require(tau > 0 and tau_lrm > 0, f"tau {tau}, tau_lrm {tau_lrm}: expected temperatures of more than 0")
-    expert, lrm = in_pairs(expert_scores.detach().float(), lrm_scores.float())
+    require(tau > 0 and tau_lrm > 0,
+            f"tau {tau}, tau_lrm {tau_lrm}: expected temperatures of more than 0")
+    expert, lrm = in_pairs(expert_scores.detach().float(), lrm_scores.float())  # [B, pairs, 2]
     log_q = F.log_softmax(lrm / tau_lrm, dim=-1)
     if kind == "ce":
         chosen = ((expert - expert.flip(-1)).sign() + 1) / 2  # 1 and 0, or 1/2 and 1/2
@@ -208,25 +227,39 @@ def preference_loss(expert_scores, lrm_scores, tau=1.0, tau_lrm=1.0, kind="kl"):
 
 
 def preference_accuracy(expert_scores, lrm_scores):
-    """Both [B, K], K candidates for the same prompt -> the share of the B K(K-1)/2 pairs that the LRM ranks as the expert does. One in
-    which either prefers none counts half, so that guessing has 1/2 and the mean over parts of a batch is that of the batch."""
-    expert, lrm = (pairs.diff(dim=-1).sign() for pairs in in_pairs(expert_scores, lrm_scores))
+    """Both [B, K], K candidates for the same prompt -> the share of the B K(K-1)/2 pairs that the
+    LRM ranks as the expert does. One in which either prefers none counts half, so that guessing
+    has 1/2 and the mean over parts of a batch is that of the batch."""
+    pairs = in_pairs(expert_scores, lrm_scores)
+    expert, lrm = (pair.diff(dim=-1).sign() for pair in pairs)  # -1, 0 or 1: which is preferred
     return ((expert * lrm).mean() + 1) / 2
 
 
-# ------------------------------------------------------------------------------------------- pre-training
+# ----------------------------------------------------------------------------------- pre-training
 
-SIZES = {"sd21": {}, "pocket": dict(patch_size=2, width=192, layers=4, heads=6, embed_dim=192, text_width=192, text_layers=3, text_heads=6)}
+SIZES = {
+    "sd21": {},
+    "pocket": {"patch_size": 2, "width": 192, "layers": 4, "heads": 6, "embed_dim": 192,
+               "text_width": 192, "text_layers": 3, "text_heads": 6},
+}
 
 
 @dataclass
-class Config(RunConfig):
+class Config(runs.RunConfig):
     size: str = option("pocket", "of the towers (SIZES in this file)", choices=tuple(SIZES))
-    text_tower: str | None = option(None, "file of a CLIP whose text tower to begin with, such as HPS_v2.1_compressed.pt for sd21")
+    text_tower: str | None = option(
+        None, "file of a CLIP whose text tower to begin with, "
+              "such as HPS_v2.1_compressed.pt for sd21")
     train_text: bool = option(True, "train the text tower too")
-    model: str = option(str(POCKET), "model folder, single file or hub id: its VAE encodes pictures, and the pocket's LRM takes its tokenizer/ (sd21: CLIP's own)")
-    data: str = option(str(POCKET / "data" / "train-*.tar"), "shards of pictures or of posteriors (data.py): a tar, a folder, or a glob")
-    heldout: str | None = option(None, "shards for the retrieval accuracy, which no training sees; may be left out with the pocket's data, for the pocket's")
+    model: str = option(
+        str(POCKET), "model folder, single file or hub id: its VAE encodes pictures, "
+                     "and the pocket's LRM takes its tokenizer/ (sd21: CLIP's own)")
+    data: str = option(
+        str(POCKET / "data" / "train-*.tar"),
+        "shards of pictures or of posteriors (data.py): a tar, a folder, or a glob")
+    heldout: str | None = option(
+        None, "shards for the retrieval accuracy, which no training sees; "
+              "may be left out with the pocket's data, for the pocket's")
     out: str = option("runs/latent_rm", "run folder; a run found there is resumed")
     resolution: int = option(64, "side of the training pictures in pixels")
     batch_size: int = option(64, "pairs per process; the loss compares those of all processes")
@@ -234,14 +267,18 @@ class Config(RunConfig):
     lr: float = option(1e-3, "peak learning rate (published: 5e-4)")
     warmup: int = option(50, "steps of warm-up")
     weight_decay: float = option(0.1, "of AdamW, on matrices")
-    grad_checkpoint: bool = option(False, "recompute the text tower's activations in the backward pass: less memory, more time")
+    grad_checkpoint: bool = option(
+        False, "recompute the text tower's activations in the backward pass: "
+               "less memory, more time")
     log_every: int = option(20, "steps between lines of log.jsonl")
     heldout_every: int = option(100, "steps between retrievals on the held-out pairs")
 
 
 class Gather(torch.autograd.Function):
-    """Features [B,D] of this process -> those of all, [world * B, D], in the order of ranks. Each process computes the whole loss from
-    them, so the gradient of its own rows is complete; times world, because parameters' gradients are averaged afterwards."""
+    """Features [B,D] of this process -> those of all, [world * B, D], in the order of ranks.
+
+    Each process computes the whole loss from them, so the gradient of its own rows is complete;
+    times world, because the parameters' gradients are averaged afterwards."""
 
     @staticmethod
     def forward(ctx, features, rank, world):
@@ -256,125 +293,198 @@ class Gather(torch.autograd.Function):
 
 
 def clip_loss(image, text, logit_scale):
-    """CLIP's loss on the unit features of B pairs, [B,D] each: every picture is to find its text, every text its picture, among all
-    (arXiv 2103.00020, figure 3). logit_scale: the log of the inverse temperature."""
-    logits = logit_scale.exp() * image.float() @ text.float().T
+    """CLIP's loss on the unit features of B pairs, [B,D] each: every picture is to find its text,
+    every text its picture, among all (arXiv 2103.00020, figure 3). logit_scale: the log of the
+    inverse temperature."""
+    logits = logit_scale.exp() * image.float() @ text.float().T  # [B, B]
     own = torch.arange(len(image), device=image.device)
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
 
 @torch.no_grad()
 def retrieval(latent_rm, latents, captions):
-    """Unscaled latents [N,C,s,s] and their N captions -> the share whose nearest caption among all is their own."""
-    image = torch.cat([latent_rm.image_features(part) for part in latents.split(64)])
-    text = torch.cat([latent_rm.text_features(captions[i:i + 64]) for i in range(0, len(captions), 64)])
-    nearest = (image @ text.T).argmax(dim=1).tolist()
-    return sum(captions[j] == caption for j, caption in zip(nearest, captions)) / len(captions)
+    """Unscaled latents [N,C,s,s] and their N captions -> the share whose nearest caption among
+    all is their own."""
+    image = [latent_rm.image_features(part) for part in latents.split(64)]
+    text = [latent_rm.text_features(captions[i:i + 64]) for i in range(0, len(captions), 64)]
+    nearest = (torch.cat(image) @ torch.cat(text).T).argmax(dim=1).tolist()
+    hits = sum(captions[j] == caption for j, caption in zip(nearest, captions))
+    return hits / len(captions)
 
 
 def check(args):
     if args.heldout is None:
-        require(args.data == Config.data, f"--data {args.data} without --heldout: give shards of its kind, for the retrieval accuracy")
+        require(args.data == Config.data,
+                f"--data {args.data} without --heldout: "
+                f"give shards of its kind, for the retrieval accuracy")
         args.heldout = str(POCKET / "data" / "heldout-*.tar")
-    at_least(1, args, "batch_size", "steps", "resolution", "warmup", "checkpoint_every", "log_every", "heldout_every", "keep")
+    at_least(1, args, "batch_size", "steps", "resolution", "warmup", "checkpoint_every",
+             "log_every", "heldout_every", "keep")
     at_least(0, args, "workers", "weight_decay")
     positive(args, "lr")
     require(0 <= args.seed < 2**63, f"--seed {args.seed}: expected 0 to 2^63 - 1")
-    require(args.train_text or args.text_tower is not None, "--no-train-text keeps the text tower as it is, which without --text-tower is noise: give one")
-    require(args.batch_size >= 2, f"--batch-size {args.batch_size}: expected 2 or more, the loss tells pairs from each other")
+    require(args.train_text or args.text_tower is not None,
+            "--no-train-text keeps the text tower as it is, "
+            "which without --text-tower is noise: give one")
+    require(args.batch_size >= 2,
+            f"--batch-size {args.batch_size}: "
+            f"expected 2 or more, the loss tells pairs from each other")
 
 
 def new_latent_rm(args, shape):
     """A new LatentRM for latents of that shape (C, s, s), the same on every process."""
-    sizes, (channels, side, _) = SIZES[args.size], shape
-    tokenizer = single_file.tokenizer("sd2", load_tokenizer) if args.size == "sd21" else load_tokenizer(local(args.model, "tokenizer") / "tokenizer")
-    require(tokenizer.model_max_length < 10**6, f"{args.model}: its tokenizer/ says no model_max_length; copy tokenizer_config.json there")
-    config = LatentRMConfig(channels, side, context_length=tokenizer.model_max_length, vocab_size=len(tokenizer), **sizes)
-    require(side % config.patch_size == 0, f"--resolution {args.resolution}: latents of side {side}, expected a multiple of the patch size {config.patch_size}")
+    channels, side, _ = shape
+    if args.size == "sd21":
+        tokenizer = single_file.tokenizer("sd2", load_tokenizer)
+    else:
+        tokenizer = load_tokenizer(local(args.model, "tokenizer") / "tokenizer")
+    require(tokenizer.model_max_length < 10**6,
+            f"{args.model}: its tokenizer/ says no model_max_length; "
+            f"copy tokenizer_config.json there")
+    config = LatentRMConfig(
+        channels, side, context_length=tokenizer.model_max_length, vocab_size=len(tokenizer),
+        **SIZES[args.size])
+    require(side % config.patch_size == 0,
+            f"--resolution {args.resolution}: latents of side {side}, "
+            f"expected a multiple of the patch size {config.patch_size}")
     torch.manual_seed(args.seed)
     latent_rm = LatentRM(config, tokenizer)
     if args.text_tower is not None:
         try:
             latent_rm.read_text_tower(args.text_tower)
         except InputError as error:
-            raise InputError(f"--text-tower {args.text_tower} does not fit --size {args.size}: {error}") from None
+            raise InputError(f"--text-tower {args.text_tower} does not fit "
+                             f"--size {args.size}: {error}") from None
     return latent_rm
+
+
+@torch.no_grad()
+def posterior(tensors, vae, device):
+    """Pictures [B,3,R,R] or posteriors [B,2,C,s,s] -> mean and std of the unscaled latents,
+    [B,C,s,s] each. vae: None if there are posteriors only."""
+    means, stds = [], []
+    for part in tensors.to(device, non_blocking=True).split(32):
+        mean, std = part.unbind(1) if part.ndim == 5 else vae.posterior(part)
+        means.append(mean)
+        stds.append(std)
+    return torch.cat(means).float(), torch.cat(stds).float()
+
+
+def read_heldout(heldout, vae, device):
+    """-> the unscaled latents [N,C,s,s] of up to 256 held-out samples, their N captions."""
+    tensors, captions = zip(*(heldout[i] for i in range(min(256, len(heldout)))))
+    return posterior(torch.stack(tensors), vae, device)[0], captions
+
+
+def new_optimizer(latent_rm, args, newest, device):
+    """AdamW with weight decay on matrices only."""
+    weights = [p for p in latent_rm.parameters() if p.requires_grad]
+    matrices = [p for p in weights if p.ndim > 1]
+    others = [p for p in weights if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": args.weight_decay},
+         {"params": others, "weight_decay": 0.0}],
+        lr=args.lr, betas=(0.9, 0.98), fused=True)
+    if newest:
+        state = torch.load(newest / "optimizer.pt", map_location=device, weights_only=True)
+        optimizer.load_state_dict(state)
+    return weights, optimizer
+
+
+def optimizer_step(
+        latent_rm, weights, optimizer, latents, captions, step, args, rank, world, dtype):
+    """One step of CLIP's loss on B latents [B,C,s,s] and their captions -> loss, gradient norm."""
+    optimizer.zero_grad(set_to_none=True)
+    with cli.fast_attention(latents.device):
+        with cli.autocast(latents.device, dtype):
+            image = latent_rm.image_features(latents)
+            text = latent_rm.text_features(captions)
+        if world > 1:
+            image, text = Gather.apply(image, rank, world), Gather.apply(text, rank, world)
+        loss = clip_loss(image, text, latent_rm.logit_scale)
+        loss.backward()
+    runs.average_over_processes([p.grad for p in weights], world)
+    norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = args.lr * runs.rate_factor(step, args)
+    optimizer.step()
+    with torch.no_grad():
+        latent_rm.logit_scale.clamp_(max=math.log(100))  # as CLIP does: the training stays stable
+    return loss, norm
 
 
 def main():
     args = parse(Config(), __doc__)
     check(args)
-    rank, world, device, dtype = setup_processes(args)
+    rank, world, device, dtype = runs.setup_processes(args)
     main_process, out = rank == 0, Path(args.out)
-    newest, start = open_run(args, rank, world)
+    newest, start = runs.open_run(args, rank, world)
 
-    shards, heldout = Shards(args.data, args.resolution), Shards(args.heldout, args.resolution, "--heldout")
-    vae = None if shards.encoded and heldout.encoded else VAE.from_pretrained(args.model, dtype, device).requires_grad_(False)
-    require(vae is None or args.resolution % vae.factor == 0, f"--resolution {args.resolution}: expected a multiple of {vae and vae.factor}")
+    shards = data.Shards(args.data, args.resolution)
+    heldout = data.Shards(args.heldout, args.resolution, "--heldout")
+    vae = None
+    if not (shards.encoded and heldout.encoded):
+        vae = VAE.from_pretrained(args.model, dtype, device).requires_grad_(False)
+    require(vae is None or args.resolution % vae.factor == 0,
+            f"--resolution {args.resolution}: expected a multiple of {vae and vae.factor}")
+    heldout_latents, heldout_captions = read_heldout(heldout, vae, device)
+    shape = tuple(posterior(shards[0][0][None], vae, device)[0].shape[1:])  # (C, s, s)
+    require(heldout_latents.shape[1:] == shape,
+            f"--heldout {args.heldout}: latents {tuple(heldout_latents.shape[1:])}, "
+            f"those of --data are {shape}; encode both alike")
 
-    @torch.no_grad()
-    def posterior(tensors):
-        """Pictures [B,3,R,R] or posteriors [B,2,C,s,s] -> mean and std of the unscaled latents, [B,C,s,s] each."""
-        parts = [part.unbind(1) if part.ndim == 5 else vae.posterior(part) for part in tensors.to(device, non_blocking=True).split(32)]
-        return [torch.cat(column).float() for column in zip(*parts)]
-
-    heldout_tensors, heldout_captions = zip(*(heldout[i] for i in range(min(256, len(heldout)))))
-    heldout_latents, shape = posterior(torch.stack(heldout_tensors))[0], tuple(posterior(shards[0][0][None])[0].shape[1:])
-    require(heldout_latents.shape[1:] == shape, f"--heldout {args.heldout}: latents {tuple(heldout_latents.shape[1:])}, those of --data are {shape}; encode both alike")
-
-    latent_rm = (LatentRM.from_pretrained(newest / "latent_rm") if newest else new_latent_rm(args, shape)).to(device).train()
-    latent_rm.text.requires_grad_(args.train_text).set_grad_checkpointing(args.grad_checkpoint)
-    weights = [p for p in latent_rm.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW([{"params": [p for p in weights if p.ndim > 1], "weight_decay": args.weight_decay},
-                                   {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.98), fused=True)
     if newest:
-        optimizer.load_state_dict(torch.load(newest / "optimizer.pt", map_location=device, weights_only=True))
+        latent_rm = LatentRM.from_pretrained(newest / "latent_rm")
+    else:
+        latent_rm = new_latent_rm(args, shape)
+    latent_rm.to(device).train()
+    latent_rm.text.requires_grad_(args.train_text).set_grad_checkpointing(args.grad_checkpoint)
+    weights, optimizer = new_optimizer(latent_rm, args, newest, device)
     if args.compile:
         latent_rm.compile()
     if main_process:
-        print(f"{sum(p.numel() for p in weights) / 1e6:.1f} M parameters, {len(shards)} pairs, {world} x {args.batch_size} a step, "
-              f"{device}, {str(dtype)[6:]}" + (f"; resumes at step {start}" if start else ""))
-    stream = batches(shards, args.seed, start, args.steps, args.batch_size, rank, world, args.workers)
-    log = Log(out, start, args.steps, world * args.batch_size, rank)
+        millions = sum(p.numel() for p in weights) / 1e6
+        print(f"{millions:.1f} M parameters, {len(shards)} pairs, "
+              f"{world} x {args.batch_size} a step, {device}, {str(dtype)[6:]}"
+              + (f"; resumes at step {start}" if start else ""))
+    stream = data.batches(
+        shards, args.seed, start, args.steps, args.batch_size, rank, world, args.workers)
+    log = runs.Log(out, start, args.steps, world * args.batch_size, rank)
 
     for step, (tensors, captions) in zip(range(start, args.steps), stream):
-        noise = random_draws(args.seed, positions(step, args.batch_size, rank, world), shape, 1, device)[0]
-        mean, std = posterior(tensors)
-        optimizer.zero_grad(set_to_none=True)
-        with fast_attention(device):
-            with autocast(device, dtype):
-                image, text = latent_rm.image_features(mean + std * noise), latent_rm.text_features(captions)
-            if world > 1:
-                image, text = Gather.apply(image, rank, world), Gather.apply(text, rank, world)
-            loss = clip_loss(image, text, latent_rm.logit_scale)
-            loss.backward()
-        average_over_processes([p.grad for p in weights], world)
-        norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * rate_factor(step, args)
-        optimizer.step()
-        with torch.no_grad():
-            latent_rm.logit_scale.clamp_(max=math.log(100))  # as CLIP does, so that the training stays stable
+        places = data.positions(step, args.batch_size, rank, world)
+        noise = data.random_draws(args.seed, places, shape, 1, device)[0]
+        mean, std = posterior(tensors, vae, device)
+        loss, norm = optimizer_step(latent_rm, weights, optimizer, mean + std * noise, captions,
+                                    step, args, rank, world, dtype)
 
         done = step + 1
+        last, saves = done == args.steps, done % args.checkpoint_every == 0
+        look = last or done % args.heldout_every == 0
         log.progress.update()
-        look = done % args.heldout_every == 0 or done == args.steps
-        if look or done % args.log_every == 0 or done % args.checkpoint_every == 0:
-            line = {"step": done, "loss": loss.item(), "grad_norm": norm.item(), "logit_scale": latent_rm.logit_scale.exp().item(),
-                    "lr": optimizer.param_groups[0]["lr"]}
+        if look or saves or done % args.log_every == 0:
+            line = {
+                "step": done,
+                "loss": loss.item(),
+                "grad_norm": norm.item(),
+                "logit_scale": latent_rm.logit_scale.exp().item(),
+                "lr": optimizer.param_groups[0]["lr"],
+            }
             if look and main_process:
-                with log.pause(), autocast(device, dtype):
+                with log.pause(), cli.autocast(device, dtype):
                     line["retrieval"] = retrieval(latent_rm, heldout_latents, heldout_captions)
             log(line, ("loss", "retrieval"), "lower --lr")
-        if main_process and (done % args.checkpoint_every == 0 or done == args.steps):
+        if main_process and (saves or last):
             with log.pause():
-                save_checkpoint(out, done, {"latent_rm": latent_rm}, optimizer, args.keep)
+                runs.save_checkpoint(out, done, {"latent_rm": latent_rm}, optimizer, args.keep)
+
     log.progress.close()
     if main_process:
         latent_rm.save_pretrained(out / "latent_rm")
-        with autocast(device, dtype):
+        with cli.autocast(device, dtype):
             found = retrieval(latent_rm, heldout_latents, heldout_captions)
-        print(f"held-out latents that find their caption among {len(heldout_latents)}: {found:.1%}\n{out / 'latent_rm'}")
+        print(f"held-out latents that find their caption among {len(heldout_latents)}: "
+              f"{found:.1%}\n{out / 'latent_rm'}")
     if world > 1:
         dist.destroy_process_group()
 

@@ -1,4 +1,5 @@
-"""A prompt becomes a picture: `Pipeline`, the frozen parts around a UNet, and pictures as PIL images and PNG files."""
+"""A prompt becomes a picture: `Pipeline`, the frozen parts around a UNet, and pictures as PIL
+images and PNG files."""
 import math
 from dataclasses import dataclass
 
@@ -14,7 +15,8 @@ from vae import VAE
 
 @dataclass
 class Pipeline:
-    """The frozen parts around a UNet: VAE and text encoder with weights of `dtype`, and the noise schedule."""
+    """The frozen parts around a UNet: VAE and text encoder with weights of `dtype`, and the noise
+    schedule."""
     vae: VAE
     text_encoder: TextEncoder
     schedule: NoiseSchedule
@@ -23,21 +25,32 @@ class Pipeline:
 
     @classmethod
     def from_pretrained(cls, path, device, dtype):
-        """path: a model folder, a single-file checkpoint or a hub id."""
-        return cls(VAE.from_pretrained(path, dtype, device).requires_grad_(False), TextEncoder.from_pretrained(path, dtype, device).requires_grad_(False),
-                   NoiseSchedule(ScheduleConfig.from_pretrained(path), device), device, dtype)
+        """path: a model folder, a single-file checkpoint or a hub id. Raises InputError if a part
+        is missing or does not fit."""
+        vae = VAE.from_pretrained(path, dtype, device).requires_grad_(False)
+        text_encoder = TextEncoder.from_pretrained(path, dtype, device).requires_grad_(False)
+        schedule = NoiseSchedule(ScheduleConfig.from_pretrained(path), device)
+        return cls(vae, text_encoder, schedule, device, dtype)
 
     def check(self, unet, where, student):
-        """-> the UNet, if it belongs to this model and is a student (has a guidance embedding) or a teacher, as `student` says."""
-        latents = self.vae.config.latent_channels
-        require(unet.config.in_channels == unet.config.out_channels == latents, f"{where}: a UNet from {unet.config.in_channels} to "
-                f"{unet.config.out_channels} channels, but the VAE's latents have {latents}; inpainting, depth and upscaling models do not work here")
-        require(bool(unet.config.time_cond_proj_dim) == student, f"{where}: " + (
-            "a teacher (no guidance embedding); expected a student (teachers: sample.py --solver ddim)" if student else
-            "a student; expected a teacher (students: sample.py --solver lcm)"))
-        require(unet.config.cross_attention_dim == self.text_encoder.dim,
-                f"{where}: the UNet's config says cross_attention_dim {unet.config.cross_attention_dim}, the text encoder gives "
-                f"{self.text_encoder.dim}: do the UNet and the model belong together?")
+        """-> the UNet, or InputError unless it belongs to this model and is a student (one with a
+        guidance embedding) if `student`, else a teacher. where: names the UNet in messages."""
+        config, latents = unet.config, self.vae.config.latent_channels
+        require(config.in_channels == config.out_channels == latents,
+                f"{where}: a UNet from {config.in_channels} to {config.out_channels} channels, "
+                f"but the VAE's latents have {latents}; "
+                "inpainting, depth and upscaling models do not work here")
+        if student:
+            require(config.time_cond_proj_dim,
+                    f"{where}: a teacher (no guidance embedding); "
+                    "expected a student (teachers: sample.py --solver ddim)")
+        else:
+            require(not config.time_cond_proj_dim,
+                    f"{where}: a student; expected a teacher (students: sample.py --solver lcm)")
+        require(config.cross_attention_dim == self.text_encoder.dim,
+                f"{where}: the UNet's config says cross_attention_dim "
+                f"{config.cross_attention_dim}, the text encoder gives {self.text_encoder.dim}: "
+                "do the UNet and the model belong together?")
         return unet
 
     def decode(self, latents):
@@ -45,25 +58,36 @@ class Pipeline:
         return (self.vae.decode(latents).float() / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
-    def draw(self, unet, prompts, seeds, steps, w, solver="lcm", size=None, negative="", progress=iter):
-        """B prompts and B seeds -> images [B,3,H,W] in [0,1], float32. size: (H, W) in pixels; negative: prompt that ddim's
-        guidance leads away from; progress: wraps the list of timesteps, as tqdm does."""
-        h, w_ = size or (unet.config.sample_size * self.vae.factor,) * 2
-        shape = (len(prompts), unet.config.in_channels, h // self.vae.factor, w_ // self.vae.factor)
+    def draw(self, unet, prompts, seeds, steps, w, solver="lcm", size=None, negative="",
+             progress=iter):
+        """B prompts and B seeds -> images [B,3,H,W] in [0,1], float32.
+
+        w: guidance, cond + w (cond - uncond). solver: "lcm" for a student, "ddim" for a teacher.
+        size: (H, W) in pixels; what the UNet was trained at if None. negative: the prompt that
+        ddim's guidance leads away from. progress: wraps the list of timesteps, as tqdm does."""
+        height, width = size or (unet.config.sample_size * self.vae.factor,) * 2
+        shape = (len(prompts), unet.config.in_channels,
+                 height // self.vae.factor, width // self.vae.factor)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        latents = draw_noise(shape, generators, self.device)
-        master = unet.conv_in.weight.dtype == torch.float32  # weights in training: computed with in self.dtype all the same
+        latents = draw_noise(shape, generators, self.device)  # [B, 4, H/f, W/f]
+        # In training the UNet's weights are float32; autocast computes in self.dtype all the same.
+        # A UNet loaded in self.dtype needs none (and autocast in float32 does nothing).
+        master = unet.conv_in.weight.dtype == torch.float32
         with autocast(self.device, self.dtype if master else torch.float32):
-            context = self.text_encoder(prompts)
+            context = self.text_encoder(prompts)  # [B, L, D]
             if solver == "lcm":
-                latents = sample_lcm(unet, self.schedule, latents, context, w, steps, generators, progress)
+                latents = sample_lcm(
+                    unet, self.schedule, latents, context, w, steps, generators, progress)
             else:
-                latents = sample_ddim(unet, self.schedule, latents, context, self.text_encoder([negative]), w, steps, progress)
+                uncond_context = self.text_encoder([negative])  # [1, L, D]
+                latents = sample_ddim(
+                    unet, self.schedule, latents, context, uncond_context, w, steps, progress)
             return self.decode(latents)
 
     @torch.no_grad()
     def round_trip(self, images):
-        """Images [N,3,H,W] in [0,1] -> the same through the VAE, float32 on the CPU."""
+        """Images [N,3,H,W] in [0,1] -> the same through the VAE (the posterior's mean, decoded),
+        float32 on the CPU."""
         decoded = []
         for part in (2 * images - 1).split(64):
             latents = self.vae.posterior(part.to(self.device))[0] * self.vae.config.scaling_factor
@@ -86,6 +110,7 @@ def grid(images, columns):
 
 
 def save_png(image, file, **text):
+    """Write a PIL image to the Path `file`, with `text` in its metadata. The file appears whole."""
     info = PngInfo()
     for key, value in text.items():
         info.add_itxt(key, str(value))

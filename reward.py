@@ -1,18 +1,25 @@
-"""Reward models: images [B,3,H,W] in [0,1] and B prompts in, [B] float32 scores out; gradients reach the images.
+"""Reward models: images [B,3,H,W] in [0,1] and B prompts in, [B] float32 scores out.
+Gradients reach the images. What load_reward(spec) and the option --reward take:
 
-    load_reward("hpsv2.1")                  HPSv2.1, weights from the hub; so hpsv2, pickscore, imagereward
-    load_reward("hpsv2.1=FILE")             the same from the published file, its tensors as safetensors, or the folder of either
-    load_reward("clip:MODEL:TAG")           any open_clip model (default ViT-H-14:laion2b_s32b_b79k)
-    load_reward("clip:MODEL:TAG=FILE")      the same from a file; the tag says how it reads pictures (without one: as CLIP does)
-    load_reward("aesthetic=HEAD,CLIP")      CLIP L/14 with the LAION linear head or the MLP of improved-aesthetic-predictor
-    load_reward("pocket=FOLDER")            the small CLIP of pocket/reward, or one in its layout such as pocket/judge
-    load_reward("jpeg")                     minus the kilobytes of the JPEG at quality 95: smooth images win; no gradient
-    load_reward("python:module.function")   function(uint8 images [B,3,H,W] on the CPU, prompts) -> B numbers; no gradient
-    load_reward("hpsv2.1*1.0+imagereward*0.1")    a weighted sum
+    hpsv2.1                 HPSv2.1, weights from the hub; likewise hpsv2, pickscore, imagereward
+    hpsv2.1=FILE            the same from the published file, its tensors as safetensors,
+                            or the folder of either
+    clip:MODEL:TAG          any open_clip model (default ViT-H-14:laion2b_s32b_b79k)
+    clip:MODEL:TAG=FILE     the same from a file; the tag says how it reads pictures
+                            (without one: as CLIP does)
+    aesthetic=HEAD,CLIP     CLIP L/14 with the LAION linear head,
+                            or with the MLP of improved-aesthetic-predictor
+    pocket=FOLDER           the small CLIP of pocket/reward, or one in its layout (pocket/judge)
+    jpeg                    minus the kilobytes of the JPEG at quality 95: smooth images win;
+                            no gradient
+    python:module.function  function(uint8 images [B,3,H,W] on the CPU, prompts) -> B numbers;
+                            no gradient
+    hpsv2.1*1.0+imagereward*0.1
+                            a weighted sum
 
 As a command it prints one score an image:
 
-    python reward.py --reward hpsv2.1=HPS_v2.1_compressed.pt one.png two.png --prompt "a lighthouse in a storm"
+    python reward.py --reward hpsv2.1=HPS_v2.1_compressed.pt one.png two.png --prompt "a lighthouse"
 """
 import argparse
 import gzip
@@ -55,11 +62,12 @@ HERE = Path(__file__).parent
 POCKET_REWARD = HERE / "pocket" / "reward"
 BERT_VOCABULARY = HERE / "support" / "bert_vocab.txt.gz"  # google-bert/bert-base-uncased, vocab.txt
 VIT_H, VIT_L = "ViT-H-14", "ViT-L-14-quickgelu"  # open_clip's names
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's pictures
+# how CLIP normalizes pictures: one number a channel
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 NAMES = (*PUBLISHED, "clip", "pocket", "jpeg", "python")
 
 
-# ------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------- pictures
 
 def at_least_float32(x):
     """A tensor or a dtype (None: float32)."""
@@ -69,7 +77,8 @@ def at_least_float32(x):
 
 
 def fit(images, size, how, half=round):
-    """[B,3,H,W] -> [B,3,size,size], antialiased bicubic in float32, as Pillow and today's torchvision do it. `how` is open_clip's word:
+    """[B,3,H,W] -> [B,3,size,size], resized in float32 with antialiased bicubic interpolation,
+    as Pillow and today's torchvision do it. `how` is open_clip's word:
 
         squash      both sides to `size`
         longest     the longer side to `size`, zeros (black) around: HPSv2
@@ -87,39 +96,51 @@ def fit(images, size, how, half=round):
         images = F.interpolate(images, tuple(new), mode="bicubic", antialias=True)
     if how == "shortest":
         images = images.clamp(0, 1)  # as Pillow does with what bicubic throws over the edge
-    top, left = [(size - n) // 2 if n <= size else -half((n - size) / 2) for n in new]  # a negative pad cuts
+    # what to add before each side's first pixel; a negative pad cuts
+    top, left = [(size - n) // 2 if n <= size else -half((n - size) / 2) for n in new]
     return F.pad(images, (left, size - new[1] - left, top, size - new[0] - top))
 
 
 def normalize(images, mean=MEAN, std=STD):
-    return torch.stack([(channel - m) / s for channel, m, s in zip(images.unbind(1), mean, std)], dim=1)
+    """(images [B,3,H,W] - mean) / std; of mean and std one number a channel."""
+    channels = zip(images.unbind(1), mean, std)
+    return torch.stack([(channel - m) / s for channel, m, s in channels], dim=1)
 
 
-# ------------------------------------------------------------------------------------------- the rewards
+# -------------------------------------------------------------------------------------- the rewards
 
 class Reward(nn.Module):
     """reward(images [B,3,H,W] in [0,1], B prompts) -> [B] float32 scores; higher is better.
 
-    Images may have any size and aspect; a prompt longer than the model reads (77 tokens of CLIP, 35 of ImageReward, end tokens
-    included) is cut there, as the published code does; the empty prompt works. A family has two methods:
+    Images may have any size and aspect. A prompt longer than the model reads (77 tokens of CLIP,
+    35 of ImageReward, end tokens included) is cut there, as the published code does. The empty
+    prompt works. A family has two methods:
 
         encode(prompts)         whatever the score needs of them, without gradient
         score(images, text)     tensors only: the part that compile() compiles
 
-    `weights` {name: factor} and parts(images, prompts) {name: [B]}: reward(...) is the sum of factor times part.
-    `differentiable`: False for black boxes, which raise InputError where a gradient is asked of them.
+    `weights` {name: factor} and parts(images, prompts) {name: [B]}: reward(...) is the sum of
+    factor times part.
+    `differentiable`: False for black boxes, which raise InputError where a gradient is asked of
+    them.
 
-    Images outside [0, 1] or with NaN are refused. On an accelerator to look is to wait for it, so there only the first batch is
-    looked at: a wrong range is there from the start, and a NaN that comes later shows in the score."""
+    Images outside [0, 1] or with NaN are refused. On an accelerator to look is to wait for it, so
+    there only the first batch is looked at: a wrong range is there from the start, and a NaN that
+    comes later shows in the score."""
     name, differentiable, looked = "reward", True, False
 
     def forward(self, images, prompts):
         require(images.ndim == 4 and images.shape[1] == 3 and images.is_floating_point(),
-                f"images {tuple(images.shape)} of {images.dtype}; a reward needs floating [B,3,H,W]")
-        require(len(images) == len(prompts), f"{len(images)} images for {len(prompts)} prompts; a reward needs one prompt an image")
+                f"images {tuple(images.shape)} of {images.dtype}; "
+                "a reward needs floating [B,3,H,W]")
+        require(len(images) == len(prompts),
+                f"{len(images)} images for {len(prompts)} prompts; "
+                "a reward needs one prompt an image")
         if images.device.type == "cpu" or not self.looked:
             low, high = (v.item() for v in torch.aminmax(images.detach()))
-            require(low >= 0 and high <= 1, f"images with values from {low:.4g} to {high:.4g}; a reward needs numbers in [0, 1]")
+            require(low >= 0 and high <= 1,
+                    f"images with values from {low:.4g} to {high:.4g}; "
+                    "a reward needs numbers in [0, 1]")
             self.looked = True
         with torch.no_grad():
             text = self.encode(prompts)
@@ -140,7 +161,8 @@ class Reward(nn.Module):
 class ClipReward(Reward):
     """Cosine of the image's and the prompt's features in an open_clip model.
 
-    clip: the model. tokenize: list of prompts -> ids. how, half, mean, std: of the pictures, see fit() and normalize()."""
+    clip: the model. tokenize: list of prompts -> ids.
+    how, half, mean, std: how it reads pictures, see fit() and normalize()."""
 
     def __init__(self, clip, tokenize, how, half=round, mean=MEAN, std=STD):
         super().__init__()
@@ -166,10 +188,12 @@ class ClipReward(Reward):
 
 
 class PocketReward(ClipReward):
-    """A ClipReward whose sizes stand in config.json (embed_dim, vision_cfg, text_cfg); pictures are squashed to its size."""
+    """A ClipReward whose sizes stand in config.json (embed_dim, vision_cfg, text_cfg).
+    Pictures are squashed to its size."""
 
     def __init__(self, config, tokenizer):
-        super().__init__(open_clip.CLIP(**config), padded(tokenizer), "squash", mean=(0.5,) * 3, std=(0.5,) * 3)
+        super().__init__(open_clip.CLIP(**config), padded(tokenizer), "squash",
+                         mean=(0.5,) * 3, std=(0.5,) * 3)
         self.config, self.tokenizer = config, tokenizer
 
     @classmethod
@@ -177,26 +201,37 @@ class PocketReward(ClipReward):
         """path: a folder with config.json and weights, beside the tokenizer/ folder."""
         component = find_component(path, "reward")
         if component.config.keys() != {"embed_dim", "vision_cfg", "text_cfg"}:
-            raise InputError(f"{component.where}: no CLIP there (embed_dim, vision_cfg, text_cfg); expected a folder like pocket/reward")
+            raise InputError(f"{component.where}: no CLIP there (embed_dim, vision_cfg, text_cfg); "
+                             "expected a folder like pocket/reward")
         reward = cls(component.config, load_tokenizer(component.folder.parent / "tokenizer"))
         load_strictly(reward.clip, component)
         return reward
 
     def save_pretrained(self, folder, dtype=None):
-        state = {k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous()
-                 for k, v in self.clip.state_dict().items()}
+        """The weights and config.json into `folder`; `dtype` is for the floating-point ones."""
+        state = {}
+        for key, tensor in self.clip.state_dict().items():
+            cast = dtype if tensor.is_floating_point() else None
+            state[key] = tensor.detach().to("cpu", cast).contiguous()
         with whole_folder(folder) as new:
             (new / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
             save_file(state, new / WEIGHTS, metadata={"format": "pt"})
 
 
 class Head(nn.Module):
-    """features [B,width] -> [B]: linear layers with nothing between them (dropout in training), in float32 whatever surrounds them.
-    layers: {number in the published nn.Sequential: width of the output}, by default those of improved-aesthetic-predictor and ImageReward."""
+    """features [B,width] -> [B]: linear layers with nothing between them (dropout in training),
+    in float32 whatever surrounds them.
 
-    def __init__(self, width, layers={0: 1024, 2: 128, 4: 64, 6: 16, 7: 1}):
+    layers: {number in the published nn.Sequential: width of the output}; by default those of
+    improved-aesthetic-predictor and ImageReward."""
+    MLP = {0: 1024, 2: 128, 4: 64, 6: 16, 7: 1}
+
+    def __init__(self, width, layers=MLP):
         super().__init__()
-        self.layers = nn.ModuleDict({str(i): nn.Linear(a, b) for (i, b), a in zip(layers.items(), (width, *layers.values()))})
+        self.layers = nn.ModuleDict()
+        for number, output in layers.items():
+            self.layers[str(number)] = nn.Linear(width, output)
+            width = output
 
     def forward(self, features):
         with torch.autocast(features.device.type, enabled=False):
@@ -206,13 +241,16 @@ class Head(nn.Module):
 
 
 class AestheticReward(Reward):
-    """A head on the unit image features of CLIP L/14: about 1 to 10, how much people like the looks. It reads no prompt.
+    """A head on the unit image features of CLIP L/14: about 1 to 10, how much people like the
+    looks. It reads no prompt.
+
     Sources: LAION-AI/aesthetic-predictor; christophschuhmann/improved-aesthetic-predictor."""
 
     def __init__(self, clip_reward, head):
         super().__init__()
         self.clip_reward, self.head = clip_reward, head
-        clip_reward.clip.transformer = clip_reward.clip.token_embedding = None  # no prompt, no text tower
+        # no prompt, no text tower
+        clip_reward.clip.transformer = clip_reward.clip.token_embedding = None
 
     def encode(self, prompts):
         return None
@@ -222,21 +260,26 @@ class AestheticReward(Reward):
 
 
 class ImageReward(Reward):
-    """ImageReward 1.0 (arXiv 2304.05977): BLIP's ViT-L/16 reads the picture; BERT reads the prompt and, in every layer, the picture by
-    cross-attention; five linear layers score the first token. Attribute names are the keys of ImageReward.pt.
+    """ImageReward 1.0 (arXiv 2304.05977). BLIP's ViT-L/16 reads the picture. BERT reads the prompt
+    and, in every layer, the picture by cross-attention. Five linear layers score the first token.
+    Attribute names are the keys of ImageReward.pt.
 
     tokenize: list of prompts -> (ids, mask), both [B,35]."""
     VISION = {"img_size": 224, "patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16}
-    TEXT = {"vocab_size": 30524, "hidden_size": 768, "encoder_hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 12,
-            "num_attention_heads": 12, "max_position_embeddings": 512, "layer_norm_eps": 1e-12, "hidden_act": "gelu"}
-    LENGTH, MEAN, STD = 35, 0.16717362830052426, 1.0333394966054072  # THUDM/ImageReward, ImageReward.py
+    TEXT = {"vocab_size": 30524, "hidden_size": 768, "encoder_hidden_size": 1024,
+            "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+            "max_position_embeddings": 512, "layer_norm_eps": 1e-12, "hidden_act": "gelu"}
+    # prompt tokens; mean and deviation of the raw scores: THUDM/ImageReward, ImageReward.py
+    LENGTH, MEAN, STD = 35, 0.16717362830052426, 1.0333394966054072
 
     def __init__(self, tokenize):
         super().__init__()
         from timm.models.vision_transformer import VisionTransformer
         from transformers import BlipTextConfig, BlipTextModel
-        text = BlipTextModel(BlipTextConfig(**self.TEXT, is_decoder=True), add_pooling_layer=False)  # is_decoder: has cross-attention
-        self.blip = nn.ModuleDict({"visual_encoder": VisionTransformer(**self.VISION, num_classes=0), "text_encoder": text})
+        # is_decoder: has cross-attention
+        text = BlipTextModel(BlipTextConfig(**self.TEXT, is_decoder=True), add_pooling_layer=False)
+        vision = VisionTransformer(**self.VISION, num_classes=0)
+        self.blip = nn.ModuleDict({"visual_encoder": vision, "text_encoder": text})
         self.mlp = Head(self.TEXT["hidden_size"])
         self.tokenize = tokenize
 
@@ -249,7 +292,8 @@ class ImageReward(Reward):
         vision, bert = self.blip["visual_encoder"], self.blip["text_encoder"]
         images = normalize(fit(images, self.VISION["img_size"], "shortest"))
         patches = vision.forward_features(images.to(vision.cls_token.dtype))  # [B, 197, 1024]
-        tokens = bert(input_ids=ids, attention_mask=mask, encoder_hidden_states=patches).last_hidden_state
+        outputs = bert(input_ids=ids, attention_mask=mask, encoder_hidden_states=patches)
+        tokens = outputs.last_hidden_state  # [B, 35, 768]
         return (self.mlp(at_least_float32(tokens[:, 0])) - self.MEAN) / self.STD
 
 
@@ -266,21 +310,31 @@ class BlackBox(Reward):
 
     def score(self, images, text):
         require(not (torch.is_grad_enabled() and images.requires_grad),
-                f"{self.name}: a black box, gives no gradient to the images; train through a latent proxy reward model (--latent-rm)")
-        require(images.isfinite().all(), f"{self.name}: images with NaN or infinity; a reward needs numbers in [0, 1]")
+                f"{self.name}: a black box, gives no gradient to the images; "
+                "train through a latent proxy reward model (--latent-rm)")
+        require(images.isfinite().all(),
+                f"{self.name}: images with NaN or infinity; a reward needs numbers in [0, 1]")
         pictures = (images.detach() * 255).round().byte().cpu()
         try:
             scores = self.function(pictures, text)
         except Exception as error:  # whatever the user's function may raise
             place = traceback.extract_tb(error.__traceback__)[-1]
-            raise InputError(f"{self.name}: raised {type(error).__name__}: {error} ({place.filename}, line {place.lineno}); it was given uint8 images "
-                             f"{tuple(pictures.shape)} and a list of {len(text)} prompts") from error
+            raise InputError(
+                f"{self.name}: raised {type(error).__name__}: {error} "
+                f"({place.filename}, line {place.lineno}); "
+                f"it was given uint8 images {tuple(pictures.shape)} "
+                f"and a list of {len(text)} prompts"
+            ) from error
         try:
             scores = torch.tensor([float(score) for score in scores])
         except (TypeError, ValueError) as error:
-            raise InputError(f"{self.name}: gave no sequence of numbers ({error}); expected {len(text)}, one an image") from None
-        require(scores.isfinite().all(), f"{self.name}: gave NaN or infinity; expected finite numbers")
-        require(len(scores) == len(text), f"{self.name}: gave {len(scores)} numbers for {len(text)} images; expected one an image")
+            raise InputError(f"{self.name}: gave no sequence of numbers ({error}); "
+                             f"expected {len(text)}, one an image") from None
+        require(scores.isfinite().all(),
+                f"{self.name}: gave NaN or infinity; expected finite numbers")
+        require(len(scores) == len(text),
+                f"{self.name}: gave {len(scores)} numbers for {len(text)} images; "
+                "expected one an image")
         return scores.to(images.device)
 
 
@@ -308,23 +362,30 @@ class Mixture(Reward):
 
 
 def jpeg_kilobytes(images, prompts):
-    """Minus the size of each picture as JPEG at quality 95, in 1,000 bytes (arXiv 2305.13301, DDPO)."""
+    """Minus the size of each picture as JPEG at quality 95, in 1,000 bytes
+    (arXiv 2305.13301, DDPO)."""
     sizes = []
     for image in images:
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer := io.BytesIO(), "JPEG", quality=95)
+        buffer = io.BytesIO()
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=95)
         sizes.append(-buffer.tell() / 1000)
     return sizes
 
 
-# ------------------------------------------------------------------------------------------- words
+# -------------------------------------------------------------------------------------------- words
 
 def padded(tokenizer):
-    """A tokenizer of transformers -> list of B prompts -> ids [B,L], cut and padded at its model_max_length."""
-    return lambda prompts: tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt").input_ids
+    """A tokenizer of transformers -> a function: list of B prompts -> ids [B,L], cut and padded at
+    the tokenizer's model_max_length."""
+    def tokenize(prompts):
+        rows = tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt")
+        return rows.input_ids
+    return tokenize
 
 
 def bert_tokenizer(length):
-    """BERT's uncased WordPiece with BLIP's two tokens added -> list of B prompts -> (ids, mask), [B,length]."""
+    """BERT's uncased WordPiece with BLIP's two tokens added, as a function: list of B prompts ->
+    (ids, mask), both [B,length]."""
     from tokenizers import BertWordPieceTokenizer
     words = gzip.decompress(BERT_VOCABULARY.read_bytes()).decode().split("\n")[:-1]
     tokenizer = BertWordPieceTokenizer({word: i for i, word in enumerate(words)}, lowercase=True)
@@ -334,46 +395,67 @@ def bert_tokenizer(length):
 
     def tokenize(prompts):
         rows = tokenizer.encode_batch(list(prompts))
-        return torch.tensor([row.ids for row in rows]), torch.tensor([row.attention_mask for row in rows])
+        ids = torch.tensor([row.ids for row in rows])
+        mask = torch.tensor([row.attention_mask for row in rows])
+        return ids, mask
     return tokenize
 
 
-# ------------------------------------------------------------------------------------------- loading
+# ------------------------------------------------------------------------------------------ loading
 
 def load_clip(model, file, dtype, device, tag=None, tokenize=None, how=None, half=round):
-    """open_clip's `model` with the weights of `file`, or of its pretraining `tag` -> ClipReward."""
-    config, tags = open_clip.get_model_config(model), open_clip.list_pretrained_tags_by_model(model)
-    require(config is not None, f"clip:{model}: open_clip knows no such model; see open_clip.list_models()")
-    require(tag in tags if tag else file, f"clip:{model}:{tag or ''}: names no weights; open_clip has {', '.join(tags) or 'none'} for this model, "
-                                          f"and clip:{model}=FILE takes a file")
+    """open_clip's `model` with the weights of `file`, or of its pre-training `tag` -> ClipReward.
+
+    tokenize, how: instead of the model's own tokenizer and its way to resize, see fit()."""
+    config = open_clip.get_model_config(model)
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    require(config is not None,
+            f"clip:{model}: open_clip knows no such model; see open_clip.list_models()")
+    require(tag in tags if tag else file,
+            f"clip:{model}:{tag or ''}: names no weights; "
+            f"open_clip has {', '.join(tags) or 'none'} for this model, "
+            f"and clip:{model}=FILE takes a file")
     trained = open_clip.get_pretrained_cfg(model, tag) if tag else {}
     config["quick_gelu"] = config.get("quick_gelu", False) or trained.get("quick_gelu", False)
     custom = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
     if "hf_model_name" in config["text_cfg"]:
         config["text_cfg"]["hf_model_pretrained"] = False
-    kind = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP if custom else open_clip.CLIP
+    if "multimodal_cfg" in config:
+        kind = open_clip.CoCa
+    elif custom:
+        kind = open_clip.CustomTextCLIP
+    else:
+        kind = open_clip.CLIP
     try:
         file = file or open_clip.download_pretrained(trained)
         tokenize = tokenize or open_clip.get_tokenizer(model)
         with parameters_on_meta():
             clip = kind(**config)
     except Exception as error:
-        raise InputError(f"clip:{model}{f':{tag}' * bool(tag)}: could not be fetched from the hub and is not in its cache ({first_line(error)}); "
-                         f"give the weights of {trained.get('hf_hub', model).strip('/')}, as clip:{model}{f':{tag}' * bool(tag)}=/path/to/file") from None
-    component = open_clip_weights(file, ignored=r"position_ids$|attn_mask$")  # buffers that some versions saved
+        spec = f"clip:{model}:{tag}" if tag else f"clip:{model}"
+        raise InputError(
+            f"{spec}: could not be fetched from the hub and is not in its cache "
+            f"({first_line(error)}); "
+            f"give the weights of {trained.get('hf_hub', model).strip('/')}, "
+            f"as {spec}=/path/to/file"
+        ) from None
+    # these are buffers, which some versions saved
+    component = open_clip_weights(file, ignored=r"position_ids$|attn_mask$")
     load_strictly(clip, component, dtype=dtype, device=device)
-    return ClipReward(clip, tokenize, how or trained.get("resize_mode", "shortest"), half, trained.get("mean", MEAN), trained.get("std", STD))
+    return ClipReward(clip, tokenize, how or trained.get("resize_mode", "shortest"), half,
+                      trained.get("mean", MEAN), trained.get("std", STD))
 
 
 def load_aesthetic(path, dtype, device):
     head_path, _, clip_path = (path or "").partition(",")
     component = open_weights(find_weights("aesthetic", head_path))
     clip = load_clip(VIT_L, clip_path or None, dtype, device, tag=None if clip_path else "openai")
-    linear = "weight" in component.tensors.shapes
-    if linear:
+    layers = Head.MLP
+    if "weight" in component.tensors.shapes:  # LAION's linear head: one layer, saved by itself
+        layers = {0: 1}
         component.source = lambda key: (key.removeprefix("layers.0."), None)
     with parameters_on_meta():
-        head = Head(clip.clip.visual.output_dim, **{"layers": {0: 1}} if linear else {})
+        head = Head(clip.clip.visual.output_dim, layers)
     load_strictly(head, component, dtype=at_least_float32(dtype), device=device)
     return AestheticReward(clip, head)
 
@@ -382,7 +464,8 @@ def load_imagereward(path, dtype, device):
     with parameters_on_meta():
         reward = ImageReward(bert_tokenizer(ImageReward.LENGTH))
     # the two projections are left over from BLIP's pre-training
-    component = open_weights(find_weights("imagereward", path), r"^blip\.(vision|text)_proj\.|position_ids$")
+    component = open_weights(find_weights("imagereward", path),
+                             ignored=r"^blip\.(vision|text)_proj\.|position_ids$")
     load_strictly(reward, component, dtype=at_least_float32(dtype), device=device)
     reward.blip.to(dtype=dtype)
     return reward
@@ -393,25 +476,32 @@ def load_function(path):
     try:
         function = getattr(importlib.import_module(module), name)
     except Exception as error:
-        raise InputError(f"cannot be imported ({first_line(error)}); expected module.function on Python's path") from None
-    require(callable(function), f"{path} is {type(function).__name__}, not callable; expected function(images, prompts) -> scores")
+        raise InputError(f"cannot be imported ({first_line(error)}); "
+                         "expected module.function on Python's path") from None
+    require(callable(function),
+            f"{path} is {type(function).__name__}, not callable; "
+            "expected function(images, prompts) -> scores")
     return BlackBox(function)
 
 
 def load_part(name, option, path, dtype, device):
+    """One part of a sum, as parse_spec() gives it -> Reward."""
     require(not option or name in ("clip", "python"), f":{option} means nothing to {name}")
     if name in ("hpsv2.1", "hpsv2"):
         return load_clip(VIT_H, find_weights(name, path), dtype, device, how="longest")
     if name == "pickscore":  # trained and published with transformers: its words, its crop
         words = padded(single_file.tokenizer("sd1", load_tokenizer))
-        return load_clip(VIT_H, find_weights(name, path), dtype, device, tokenize=words, half=math.floor)
+        return load_clip(VIT_H, find_weights(name, path), dtype, device,
+                         tokenize=words, half=math.floor)
     if name == "imagereward":
         return load_imagereward(path, dtype, device)
     if name == "aesthetic":
         return load_aesthetic(path, dtype, device)
     if name == "clip":
-        model, _, tag = (option or VIT_H).partition(":")
-        return load_clip(model, path, dtype, device, tag or (None if path or option else "laion2b_s32b_b79k"))
+        if not option:
+            option = VIT_H if path else f"{VIT_H}:laion2b_s32b_b79k"
+        model, _, tag = option.partition(":")
+        return load_clip(model, path, dtype, device, tag or None)
     if name == "pocket":
         return PocketReward.from_pretrained(path or POCKET_REWARD).to(device=device, dtype=dtype)
     require(not path, f"={path} means nothing to {name}")
@@ -419,33 +509,44 @@ def load_part(name, option, path, dtype, device):
 
 
 def parse_spec(spec):
-    """"hpsv2.1=FILE*1.0+jpeg" -> [(name, option, path, factor), ...]. A + divides only where a known name follows: file names have it too."""
+    """A spec such as "hpsv2.1=FILE*1.0+jpeg" -> [(name, option, path, factor), ...].
+
+    A + divides only where a known name follows, because file names have it too."""
     names = "|".join(map(re.escape, NAMES))
     parts = []
     for part in re.split(rf"\+(?=(?:{names})(?:[:=*+]|$))", spec):
         text, _, factor = part.rpartition("*") if "*" in part else (part, "", "1")
-        name, option, path = re.fullmatch(r"([^:=]*)(?::([^=]*))?(?:=(.*))?", text, re.DOTALL).groups()
-        require(name in NAMES, f"reward {spec}: {name or 'nothing'} is not a reward; expected none, or {', '.join(NAMES)}, or a sum of them "
-                               f"such as hpsv2.1*1.0+imagereward*0.1")
+        fields = re.fullmatch(r"([^:=]*)(?::([^=]*))?(?:=(.*))?", text, re.DOTALL)
+        name, option, path = fields.groups()
+        require(name in NAMES,
+                f"reward {spec}: {name or 'nothing'} is not a reward; "
+                f"expected none, or {', '.join(NAMES)}, "
+                "or a sum of them such as hpsv2.1*1.0+imagereward*0.1")
         try:
             factor = float(factor)
         except ValueError:
             factor = math.nan
-        require(math.isfinite(factor), f"reward {spec}: the weight of {name} is not a number; expected {name}*NUMBER")
+        require(math.isfinite(factor),
+                f"reward {spec}: the weight of {name} is not a number; expected {name}*NUMBER")
         parts.append((name, option, path, factor))
     return parts
 
 
 def load_reward(spec, device=None, dtype=None, grad_checkpoint=False):
-    """spec: see the top of this file -> Reward, frozen, in eval mode, differentiable with respect to the images.
+    """spec: see the top of this file -> Reward, frozen, in eval mode, differentiable with respect
+    to the images.
 
-    dtype (float32 if None) is that of the networks' weights; resizing, features' cosine, heads and scores stay in float32.
-    grad_checkpoint: recompute the image tower's activations in the backward pass: less memory, more time.
-    A missing file is fetched from the hub; without one, InputError names the file, its size and its sha256 where known.
+    dtype (float32 if None) is that of the networks' weights. Resizing, features' cosine, heads and
+    scores stay in float32.
+    grad_checkpoint: recompute the image tower's activations in the backward pass: less memory,
+    more time.
+    A missing file is fetched from the hub. Without one, InputError names the file, its size and
+    its sha256 where known.
 
-    Scores are cosines for the CLIPs; PickScore's own paper prints 100 times that (its logit scale): pickscore*100. HPSv2's package
-    resizes a tensor with whatever torchvision is installed, before 0.17 without antialiasing. Ours is antialiased, as there since, so
-    for pictures larger than 224 it equals the package on a current torchvision and not the numbers printed before."""
+    Scores are cosines for the CLIPs. PickScore's own paper prints 100 times that (its logit
+    scale): pickscore*100. HPSv2's package resizes a tensor with whatever torchvision is installed,
+    before 0.17 without antialiasing. Ours is antialiased, as there since. So for pictures larger
+    than 224 it equals the package on a current torchvision, and not the numbers printed before."""
     rewards, factors = [], []
     for name, option, path, factor in parse_spec(spec):
         title = name + (f":{option}" if option else "")
@@ -453,7 +554,9 @@ def load_reward(spec, device=None, dtype=None, grad_checkpoint=False):
             reward = load_part(name, option, path, dtype, device)
         except InputError as error:
             raise InputError(f"reward {title}: {error}") from None
-        require(title not in [r.name for r in rewards], f"reward {spec}: {title} stands there twice; give it once, with the sum of the weights")
+        require(title not in [r.name for r in rewards],
+                f"reward {spec}: {title} stands there twice; "
+                "give it once, with the sum of the weights")
         reward.name = title
         rewards.append(reward)
         factors.append(factor)
@@ -470,7 +573,7 @@ def recompute_activations(reward):
             module.grad_checkpointing = True
 
 
-# ------------------------------------------------------------------------------------------- the command
+# -------------------------------------------------------------------------------------- the command
 
 def read_picture(file):
     """A picture file -> [1,3,H,W] in [0,1]."""
@@ -483,24 +586,34 @@ def read_picture(file):
 
 @torch.no_grad()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture files")
-    parser.add_argument("--reward", default="pocket", help="reward model, see above (default: pocket)")
-    parser.add_argument("--prompt", action="append", required=True, help="one for all pictures, or repeated, one a picture")
+    parser.add_argument("--reward", default="pocket",
+                        help="reward model, see above (default: pocket)")
+    parser.add_argument("--prompt", action="append", required=True,
+                        help="one for all pictures, or repeated, one a picture")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--precision", default="fp32", choices=("auto", "bf16", "fp32"), help="arithmetic of the networks (default: fp32)")
+    parser.add_argument("--precision", default="fp32", choices=("auto", "bf16", "fp32"),
+                        help="arithmetic of the networks (default: fp32)")
     args = parser.parse_intermixed_args()
-    require(len(args.prompt) in (1, len(args.images)), f"{len(args.images)} images for {len(args.prompt)} prompts; give one, or one an image")
+    require(len(args.prompt) in (1, len(args.images)),
+            f"{len(args.images)} images for {len(args.prompt)} prompts; "
+            "give one, or one an image")
     device = pick_device(args.device)
     reward = load_reward(args.reward, device)
     several = isinstance(reward, Mixture)
     if several:
         print("\t".join(("sum", *reward.weights, "image")))
-    for file, prompt in zip(args.images, args.prompt * (len(args.images) if len(args.prompt) == 1 else 1)):
+    prompts = args.prompt * len(args.images) if len(args.prompt) == 1 else args.prompt
+    for file, prompt in zip(args.images, prompts):
         with autocast(device, pick_precision(args.precision, device)):
             parts = reward.parts(read_picture(file).to(device), [prompt])
-        total = sum(reward.weights[name] * part.item() for name, part in parts.items())
-        print("\t".join([f"{total:.4f}", *(f"{part.item():.4f}" for part in parts.values() if several), str(file)]))
+        scores = {name: part.item() for name, part in parts.items()}
+        total = sum(reward.weights[name] * score for name, score in scores.items())
+        shown = (total, *scores.values()) if several else (total,)
+        print("\t".join([*(f"{score:.4f}" for score in shown), str(file)]))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Prompts -> PNG.
+r"""Prompts -> PNG.
 
-    python sample.py --steps 2 --prompt "a red apple"                          # the student that ships in pocket/student
-    python sample.py --steps 2 --unet runs/pocket/unet_target                  # a student of your own
-    python sample.py --solver ddim --steps 50 --guidance 3                     # the teacher
-    python sample.py --model v2-1_512-ema-pruned.safetensors --solver ddim --steps 50 --guidance 6.5 --prompt "a lighthouse"
+    python sample.py --steps 2 --prompt "a red apple"            # the student in pocket/student
+    python sample.py --steps 2 --unet runs/pocket/unet_target    # a student of your own
+    python sample.py --solver ddim --steps 50 --guidance 3       # the teacher
+    python sample.py --model v2-1_512-ema-pruned.safetensors --solver ddim --steps 50 \
+        --guidance 6.5 --prompt "a lighthouse"
 """
 import math
 import time
@@ -36,16 +37,24 @@ GRID = 64  # pictures that grid.png shows at most
 
 @dataclass
 class Config:
-    prompt: list[str] = option((), "a prompt; may be given several times (without any: six for a first look)", list=True)
+    prompt: list[str] = option(
+        (), "a prompt; may be given several times (without any: six for a first look)", list=True)
     prompts: str | None = option(None, "a text file with one prompt a line")
     steps: int = option(2, "network calls per picture (ddim: twice as many passes, for guidance)")
     n: int = option(1, "pictures per prompt")
     seed: int = option(0, "picture i of a prompt uses seed + i")
-    size: str | None = option(None, "HxW in pixels, multiples of the VAE's factor (8); what the model was trained at if not given")
-    model: str = option(str(POCKET), "VAE, text encoder, scheduler and UNet: a folder in the diffusers layout, a single file, or a hub id")
-    unet: str | None = option(None, "UNet from elsewhere: a folder, file or hub id (default: MODEL/student for lcm if there is one, else MODEL's)")
+    size: str | None = option(
+        None, "HxW in pixels, multiples of the VAE's factor (8); "
+        "what the model was trained at if not given")
+    model: str = option(
+        str(POCKET), "VAE, text encoder, scheduler and UNet: "
+        "a folder in the diffusers layout, a single file, or a hub id")
+    unet: str | None = option(
+        None, "UNet from elsewhere: a folder, file or hub id "
+        "(default: MODEL/student for lcm if there is one, else MODEL's)")
     solver: str = option("lcm", "lcm: a student; ddim: a teacher", choices=("lcm", "ddim"))
-    guidance: float = option(3.0, "w of the LCM paper: cond + w (cond - uncond); diffusers' guidance_scale is w + 1")
+    guidance: float = option(
+        3.0, "w of the LCM paper: cond + w (cond - uncond); diffusers' guidance_scale is w + 1")
     negative: str = option("", "negative prompt (ddim): what guidance leads away from")
     device: str = option("auto", "auto, cpu or cuda")
     precision: str = option("auto", "arithmetic of the networks", choices=("auto", "bf16", "fp32"))
@@ -58,9 +67,11 @@ def read_prompts(args):
     prompts = list(args.prompt)
     if args.prompts:
         try:
-            prompts += [line.strip() for line in Path(args.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--prompts {args.prompts}: not readable ({error}); expected a UTF-8 text file, one prompt a line") from None
+            raise InputError(f"--prompts {args.prompts}: not readable ({error}); "
+                             "expected a UTF-8 text file, one prompt a line") from None
+        prompts += [line.strip() for line in lines if line.strip()]
     return prompts or PROMPTS
 
 
@@ -69,7 +80,8 @@ def parse_size(text, factor):
         h, w = (int(x) for x in text.lower().split("x"))
     except ValueError:
         raise InputError(f"--size {text}: expected HxW in pixels, such as 512x768") from None
-    require(h > 0 and w > 0 and h % factor == w % factor == 0, f"--size {text}: height and width must be multiples of {factor}")
+    require(h > 0 and w > 0 and h % factor == w % factor == 0,
+            f"--size {text}: height and width must be multiples of {factor}")
     return h, w
 
 
@@ -79,42 +91,52 @@ def main():
     device = pick_device(args.device)
     dtype = pick_precision(args.precision, device)
     at_least(1, args, "n", "batch")
-    require(0 <= args.seed <= 2**63 - args.n, f"--seed {args.seed}: expected 0 or more, and less than 2^63 with --n")
-    prompts = [prompt for prompt in read_prompts(args) for _ in range(args.n)]
-    seeds = [args.seed + i for _ in range(len(prompts) // args.n) for i in range(args.n)]
+    require(0 <= args.seed <= 2**63 - args.n,
+            f"--seed {args.seed}: expected 0 or more, and less than 2^63 with --n")
+    prompts = [prompt for prompt in read_prompts(args) for _ in range(args.n)]  # one a picture
+    seeds = [args.seed + i % args.n for i in range(len(prompts))]
     out = make_folder(args.out)
 
     model = Pipeline.from_pretrained(args.model, device, dtype)
     student = Path(args.model) / "student"
     where = args.unet or str(student if args.solver == "lcm" and student.is_dir() else args.model)
-    unet = model.check(UNet.from_pretrained(where, dtype=dtype, device=device), where, student=args.solver == "lcm")
+    unet = UNet.from_pretrained(where, dtype=dtype, device=device)
+    model.check(unet, where, student=args.solver == "lcm")
     if args.solver == "lcm":
-        lcm_timesteps(model.schedule, args.steps, unet.config.lcm_grid or 50)  # refuses a wrong number of steps before any work
-        require(not args.negative, "--negative: a student has no unconditional branch to lead away from; it works with --solver ddim")
+        # called for its error: a wrong number of steps is refused before any work
+        lcm_timesteps(model.schedule, args.steps, unet.config.lcm_grid or 50)
+        require(not args.negative, "--negative: a student has no unconditional branch to lead "
+                "away from; it works with --solver ddim")
     else:
-        require(1 <= args.steps < len(model.schedule), f"--steps {args.steps}: expected 1 to {len(model.schedule) - 1} for ddim")
+        require(1 <= args.steps < len(model.schedule),
+                f"--steps {args.steps}: expected 1 to {len(model.schedule) - 1} for ddim")
     size = parse_size(args.size, model.vae.factor) if args.size else None
     if args.compile:
         unet.compile()
 
-    facts = {"steps": args.steps, "solver": args.solver, "guidance": args.guidance, "negative": args.negative, "model": args.model, "unet": where}
+    facts = {"steps": args.steps, "solver": args.solver, "guidance": args.guidance,
+             "negative": args.negative, "model": args.model, "unet": where}
     loaded, drawing, shown = time.perf_counter(), 0.0, []
     bar = tqdm(total=math.ceil(len(prompts) / args.batch) * args.steps, unit="call", leave=False)
     for first in range(0, len(prompts), args.batch):
         part, begin = slice(first, first + args.batch), time.perf_counter()
-        images = model.draw(unet, prompts[part], seeds[part], args.steps, args.guidance, args.solver, size, args.negative,
-                            lambda timesteps: ticking(timesteps, bar)).cpu()
+        images = model.draw(
+            unet, prompts[part], seeds[part], args.steps, args.guidance, args.solver, size,
+            args.negative, lambda timesteps: ticking(timesteps, bar)).cpu()
         drawing += time.perf_counter() - begin
         for i, (image, prompt, seed) in enumerate(zip(images, prompts[part], seeds[part]), first):
-            save_png(to_pil(image), out / f"{i:05d}.png", prompt=prompt, seed=seed, **facts)
-            tqdm.write(f"{out / f'{i:05d}.png'}  {prompt}  (seed {seed})")
+            file = out / f"{i:05d}.png"
+            save_png(to_pil(image), file, prompt=prompt, seed=seed, **facts)
+            tqdm.write(f"{file}  {prompt}  (seed {seed})")
         shown += list(images[:GRID - len(shown)])
     bar.close()
     if len(shown) > 1:
         columns = args.n if args.n > 1 else math.ceil(len(shown) ** 0.5)
-        save_png(grid(torch.stack(shown), columns), out / "grid.png", prompt=" | ".join(prompts[:len(shown)]), seed=args.seed, **facts)
+        save_png(grid(torch.stack(shown), columns), out / "grid.png",
+                 prompt=" | ".join(prompts[:len(shown)]), seed=args.seed, **facts)
         print(out / "grid.png")
-    print(f"{loaded - start:.1f} s to load, {drawing:.2f} s for {len(prompts)} pictures in {args.steps} steps "
+    print(f"{loaded - start:.1f} s to load, {drawing:.2f} s for {len(prompts)} pictures "
+          f"in {args.steps} steps "
           f"({device}, {str(dtype)[6:]}), peak memory {peak_memory(device):.2f} GiB")
 
 

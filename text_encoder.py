@@ -1,7 +1,7 @@
 """Prompts in, embeddings out: the CLIP text tower in front of the UNet. transformers does the work.
 
-SD2.1 uses OpenCLIP's ViT-H/14 tower with 23 of its 24 layers (the penultimate) and the final layer norm; the file holds
-exactly those 23, so the last hidden state is the one wanted.
+SD2.1 uses OpenCLIP's ViT-H/14 tower: 23 of its 24 layers (up to the penultimate), then the final
+layer norm. The file holds exactly those 23, so the last hidden state is the one wanted.
 """
 from pathlib import Path
 
@@ -15,8 +15,9 @@ from support.weights import InputError, find_component, load_strictly, load_toke
 
 
 class TextEncoder(nn.Module):
-    """text_encoder(list of B prompts) -> [B, L, D]. L is the tokenizer's `model_max_length` (77 in SD); a longer prompt
-    is cut there. The empty prompt "" gives the unconditional embedding."""
+    """text_encoder(list of B prompts) -> [B, L, D]. L is the tokenizer's `model_max_length` (77 in
+    SD); a longer prompt is cut there. D is `dim` (1024 in SD2.1). The empty prompt "" gives the
+    unconditional embedding."""
 
     def __init__(self, model, tokenizer):
         super().__init__()
@@ -25,8 +26,9 @@ class TextEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=None, device=None):
-        """path: a model folder with text_encoder/ and tokenizer/, the text_encoder folder beside tokenizer/, a single-file
-        checkpoint (its tokenizer is built in), or a hub id. Raises InputError on anything but an exact fit."""
+        """path: a model folder with text_encoder/ and tokenizer/, the text_encoder folder beside
+        tokenizer/, a single-file checkpoint (the tokenizer is built in), or a hub id. dtype:
+        float32 if None. Raises InputError on anything but an exact fit."""
         component = find_component(path, "text_encoder")
         if component.folder:
             words = component.folder.parent / "tokenizer"
@@ -36,40 +38,53 @@ class TextEncoder(nn.Module):
             tokenizer = single_file.tokenizer(component.kind, load_tokenizer)
         kind = component.config.get("model_type", "clip_text_model")
         if kind != "clip_text_model":
-            raise InputError(f"{component.where}: model_type {kind!r}; expected clip_text_model, as in SD 1.x and 2.x")
-        # The token ids in text_encoder/config.json of published files are wrong; the tokenizer's folder is right.
-        config = CLIPTextConfig(**{k: v for k, v in component.config.items() if not k.endswith("_token_id")},
-                                bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+            raise InputError(f"{component.where}: model_type {kind!r}; "
+                             "expected clip_text_model, as in SD 1.x and 2.x")
+        # The token ids in text_encoder/config.json of published files are wrong; those of the
+        # tokenizer's folder are right.
+        fields = {k: v for k, v in component.config.items() if not k.endswith("_token_id")}
+        config = CLIPTextConfig(
+            **fields, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id)
         if tokenizer.model_max_length > config.max_position_embeddings:
-            raise InputError(f"{words}: model_max_length {tokenizer.model_max_length} is more than the "
-                             f"{config.max_position_embeddings} positions of {component.where}")
+            raise InputError(f"{words}: model_max_length {tokenizer.model_max_length} is more than "
+                             f"the {config.max_position_embeddings} positions of {component.where}")
         if len(tokenizer) > config.vocab_size:
-            raise InputError(f"{words}: {len(tokenizer)} tokens, but {component.where} says vocab_size {config.vocab_size}: "
-                             f"do they belong together?")
+            raise InputError(f"{words}: {len(tokenizer)} tokens, but {component.where} says "
+                             f"vocab_size {config.vocab_size}: do they belong together?")
         with torch.device("meta"):
             model = CLIPTextModel(config)
         if component.folder:
-            prefixed = any(k.startswith("text_model.") for k in component.tensors.shapes)  # transformers changed its mind
-            component.source = lambda key: ("text_model." * prefixed + key.removeprefix("text_model."), None)
+            # Some versions of transformers prefix every key and some do not. The file may be of
+            # either kind, whichever is installed.
+            prefixed = any(k.startswith("text_model.") for k in component.tensors.shapes)
+            prefix = "text_model." if prefixed else ""
+            component.source = lambda key: (prefix + key.removeprefix("text_model."), None)
             component.ignored = "position_ids$"
         load_strictly(model, component, dtype=dtype, device=device)
-        for name, buffer in model.named_buffers():  # what no file holds
-            if buffer.is_meta:
+        for name, buffer in model.named_buffers():
+            if buffer.is_meta:  # the position ids, which no file holds: [1, L]
                 owner, _, attribute = name.rpartition(".")
-                model.get_submodule(owner).register_buffer(attribute, torch.arange(config.max_position_embeddings, device=device)[None], persistent=False)
+                positions = torch.arange(config.max_position_embeddings, device=device)[None]
+                model.get_submodule(owner).register_buffer(attribute, positions, persistent=False)
         return cls(model, tokenizer).eval()
 
     def save_pretrained(self, path, dtype=None):
-        """Write path/text_encoder in the layout of transformers. The tokenizer never changes: copy its folder."""
-        state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in self.model.state_dict().items()}
+        """Write path/text_encoder in the layout of transformers. The tokenizer never changes: copy
+        its folder."""
+        state = {k: v.detach().to("cpu", dtype).contiguous()
+                 for k, v in self.model.state_dict().items()}
         with whole_folder(Path(path) / "text_encoder") as new:
             (new / "config.json").write_text(self.model.config.to_json_string())
             save_file(state, new / "model.safetensors", metadata={"format": "pt"})
 
     def tokenize(self, prompts):
         """list of B prompts -> token ids [B, L], padded with the tokenizer's pad token."""
-        return self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt").input_ids
+        batch = self.tokenizer(
+            list(prompts), padding="max_length", truncation=True, return_tensors="pt")
+        return batch.input_ids
 
     def forward(self, prompts):
-        return self.model(input_ids=self.tokenize(prompts).to(self.model.device, non_blocking=True)).last_hidden_state
+        ids = self.tokenize(prompts).to(self.model.device, non_blocking=True)
+        return self.model(input_ids=ids).last_hidden_state  # [B, 77, 1024] in SD2.1
 

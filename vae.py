@@ -1,8 +1,10 @@
 """The VAE of Stable Diffusion (AutoencoderKL): images [B,3,H,W] <-> latents [B,4,H/f,W/f].
 
-Attribute names equal the keys of diffusers' `vae/diffusion_pytorch_model.safetensors`. The default of the config is
-SD2.1's VAE (f = 8, 83.7 M parameters); the pocket's has three levels (f = 4) and small widths.
-Source of the topology: Rombach et al. 2022 (arXiv 2112.10752), `first_stage_config` of stable-diffusion-2.
+Attribute names equal the keys of diffusers' `vae/diffusion_pytorch_model.safetensors`. The
+config's defaults are SD2.1's VAE (f = 8, 83.7 M parameters); the pocket's has three levels (f = 4)
+and small widths.
+Source of the topology: Rombach et al. 2022 (arXiv 2112.10752), `first_stage_config` of
+stable-diffusion-2.
 """
 from dataclasses import dataclass
 from typing import ClassVar
@@ -25,10 +27,12 @@ class VAEConfig:
     scaling_factor: float = 0.18215
     sample_size: int = 512
 
+    # how support/weights.py reads a config.json: the values of fields that it leaves out,
     absent: ClassVar = {"layers_per_block": 1, "block_out_channels": (64,)}
-    ignored: ClassVar = {"force_upcast"}
-    inert: ClassVar = {  # fields with the only values we build
-        "act_fn": ("silu",), "mid_block_add_attention": (True,), "use_quant_conv": (True,), "use_post_quant_conv": (True,),
+    ignored: ClassVar = {"force_upcast"}  # fields to pass over,
+    inert: ClassVar = {  # and fields with the only values we build
+        "act_fn": ("silu",), "mid_block_add_attention": (True,),
+        "use_quant_conv": (True,), "use_post_quant_conv": (True,),
         "down_block_types": tuple(["DownEncoderBlock2D"] * n for n in range(1, 9)),
         "up_block_types": tuple(["UpDecoderBlock2D"] * n for n in range(1, 9))}
 
@@ -61,12 +65,13 @@ class Attention(nn.Module):
         b, c, h, w = x.shape
         y = self.group_norm(x).flatten(2).transpose(1, 2)  # [B, h*w, C]
         q, k, v = (to(y).unsqueeze(1) for to in (self.to_q, self.to_k, self.to_v))
-        y = F.scaled_dot_product_attention(q, k, v).squeeze(1)
+        y = F.scaled_dot_product_attention(q, k, v).squeeze(1)  # [B, 1, h*w, C] -> [B, h*w, C]
         return x + self.to_out[0](y).transpose(1, 2).reshape(b, c, h, w)
 
 
 class Downsample(nn.Module):
-    """Stride 2 with the padding on the right and bottom only, as the VAE was trained (the UNet pads all sides)."""
+    """Stride 2, padded on the right and bottom only, as the VAE was trained. (The UNet pads all
+    sides.)"""
 
     def __init__(self, channels):
         super().__init__()
@@ -90,14 +95,16 @@ class Level(nn.Module):
 
     def __init__(self, cin, cout, layers, groups, down=False, up=False):
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(cin if i == 0 else cout, cout, groups) for i in range(layers))
+        self.resnets = nn.ModuleList(
+            ResnetBlock(cin if i == 0 else cout, cout, groups) for i in range(layers))
         if down:
             self.downsamplers = nn.ModuleList([Downsample(cout)])
         if up:
             self.upsamplers = nn.ModuleList([Upsample(cout)])
 
     def forward(self, x):
-        for module in (*self.resnets, *getattr(self, "downsamplers", ()), *getattr(self, "upsamplers", ())):
+        resamplers = (*getattr(self, "downsamplers", ()), *getattr(self, "upsamplers", ()))
+        for module in (*self.resnets, *resamplers):
             x = module(x)
         return x
 
@@ -117,18 +124,21 @@ class Encoder(nn.Module):
         super().__init__()
         widths, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(
-            Level(widths[max(i - 1, 0)], width, config.layers_per_block, groups, down=i < len(widths) - 1)
-            for i, width in enumerate(widths))
+        self.down_blocks = nn.ModuleList()
+        for i, cout in enumerate(widths):
+            cin, last = widths[max(i - 1, 0)], i == len(widths) - 1
+            self.down_blocks.append(
+                Level(cin, cout, config.layers_per_block, groups, down=not last))
         self.mid_block = MidBlock(widths[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x):
-        x = self.conv_in(x)
+        x = self.conv_in(x)  # [B, 3, H, W] -> [B, C, H, W]
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        x = self.mid_block(x)  # [B, C, H/f, W/f]
+        return self.conv_out(F.silu(self.conv_norm_out(x)))  # [B, 8, H/f, W/f]
 
 
 class Decoder(nn.Module):
@@ -137,17 +147,19 @@ class Decoder(nn.Module):
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups)
-        self.up_blocks = nn.ModuleList(
-            Level(widths[max(i - 1, 0)], width, config.layers_per_block + 1, groups, up=i < len(widths) - 1)
-            for i, width in enumerate(widths))
+        self.up_blocks = nn.ModuleList()
+        for i, cout in enumerate(widths):
+            cin, last = widths[max(i - 1, 0)], i == len(widths) - 1
+            self.up_blocks.append(
+                Level(cin, cout, config.layers_per_block + 1, groups, up=not last))
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z):
-        x = self.mid_block(self.conv_in(z))
+        x = self.mid_block(self.conv_in(z))  # [B, 4, h, w] -> [B, C, h, w]
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(F.silu(self.conv_norm_out(x)))  # [B, 3, h*f, w*f]
 
 
 class VAE(nn.Module):
@@ -164,30 +176,41 @@ class VAE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=None, device=None):
-        """path: a VAE folder, a model folder with vae/, a single-file checkpoint, or a hub id. dtype: float32 if None. Raises
-        InputError on anything but an exact fit."""
+        """path: a VAE folder, a model folder with vae/, a single-file checkpoint, or a hub id.
+        dtype: float32 if None. Raises InputError on anything but an exact fit."""
         vae = load_component(cls, path, "vae", dtype, device)
-        # at SD's widths the decode is 20% faster so on a CPU in bfloat16 (bench/RESULTS.md); at the pocket's it is slower
-        return vae.to(memory_format=torch.channels_last) if vae.config.block_out_channels[0] >= 128 else vae
+        # At SD's widths channels_last makes the decode 20% faster on a CPU in bfloat16
+        # (bench/RESULTS.md). At the pocket's it is slower.
+        if vae.config.block_out_channels[0] >= 128:
+            vae = vae.to(memory_format=torch.channels_last)
+        return vae
 
     def save_pretrained(self, folder, dtype=None):
         """Write a folder that diffusers' AutoencoderKL opens."""
         levels = len(self.config.block_out_channels)
-        save_component(self, folder, "AutoencoderKL", dtype, down_block_types=["DownEncoderBlock2D"] * levels,
-                       up_block_types=["UpDecoderBlock2D"] * levels)
+        save_component(
+            self, folder, "AutoencoderKL", dtype,
+            down_block_types=["DownEncoderBlock2D"] * levels,
+            up_block_types=["UpDecoderBlock2D"] * levels)
 
     def posterior(self, images):
-        """images [B,3,H,W] in [-1,1], H and W multiples of f -> (mean, std), each [B,4,H/f,W/f], unscaled."""
+        """images [B,3,H,W] in [-1,1], H and W multiples of f -> (mean, std), each [B,4,H/f,W/f],
+        unscaled. Raises InputError for other sizes."""
         h, w = images.shape[-2:]
         if h % self.factor or w % self.factor:
-            raise InputError(f"images of {h}x{w}: the VAE needs height and width to be multiples of {self.factor}")
-        mean, logvar = self.quant_conv(self.encoder(images.to(self.quant_conv.weight.dtype))).chunk(2, dim=1)
+            raise InputError(f"images of {h}x{w}: the VAE needs height and width to be "
+                             f"multiples of {self.factor}")
+        # the encoder gives mean and log variance, stacked
+        moments = self.quant_conv(self.encoder(images.to(self.quant_conv.weight.dtype)))
+        mean, logvar = moments.chunk(2, dim=1)  # [B, 8, h, w] -> twice [B, 4, h, w]
         return mean, torch.exp(0.5 * logvar.clamp(-30, 20))
 
     def encode(self, images, generator=None):
-        """images [B,3,H,W] in [-1,1] -> one draw from the posterior, times the scaling factor: [B,4,H/f,W/f]."""
+        """images [B,3,H,W] in [-1,1] -> one draw from the posterior, times the scaling factor:
+        [B,4,H/f,W/f]. `generator` draws on its own device."""
         mean, std = self.posterior(images)
-        noise = torch.randn(mean.shape, generator=generator, device=generator.device if generator else mean.device)
+        device = generator.device if generator else mean.device
+        noise = torch.randn(mean.shape, generator=generator, device=device)
         return (mean + std * noise.to(mean)) * self.config.scaling_factor
 
     def decode(self, latents):

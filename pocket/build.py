@@ -1,17 +1,21 @@
-"""Remake the pocket: a small, real text-to-image stack in the Stable Diffusion folder layout, from two npm packages.
+"""Remake the pocket: a small, real text-to-image stack in the Stable Diffusion folder layout, from
+two npm packages.
 
     npm pack @lobehub/fluent-emoji-3d@1.1.0 emojibase-data@17.0.0
     python pocket/build.py --packages . --stages all
 
-Stages, in this order, each resumable (the same command goes on where it stopped) and each printing what it reached:
+Stages, in this order. Each is resumable (the same command goes on where it stopped), and each
+prints what it reached:
 
-    data       3,373 captioned 64x64 pictures -> data/train-000.tar, data/heldout-000.tar (webdataset)
+    data       3,373 captioned 64x64 pictures -> data/train-000.tar, data/heldout-000.tar
+               (webdataset)
     tokenizer  the CLIP BPE cut to 4,096 entries
     vae        64x64x3 <-> 16x16x4
     judge      CLIP with a ResNet image tower; scores the results, takes part in no training
     reward     CLIP with a ViT image tower; the reward model
     teacher    text encoder (first trained against latents) + UNet
-    student    plain LCM as long as the default run, the shipped 2-step student (train.py, on a coarser grid), and results.json
+    student    plain LCM as long as the default run, the shipped 2-step student (train.py, on a
+               coarser grid), and results.json
 
 Nothing in any stage sees the held-out pictures or their captions before they are scored.
 """
@@ -50,7 +54,8 @@ from vae import VAE, VAEConfig
 SIZE = 64
 HELD_OUT = 256  # of 3,373: as many as the retrieval among 256 prompts needs
 VOCABULARY = 4096
-STEPS = {"vae": 13000, "judge": 2000, "reward": 900, "text": 500, "teacher": 8000, "plain": 300, "student": 240}  # times --scale
+STEPS = {"vae": 13000, "judge": 2000, "reward": 900, "text": 500, "teacher": 8000,
+         "plain": 300, "student": 240}  # times --scale
 BATCH = {"vae": 8, "judge": 128, "reward": 96, "text": 128, "teacher": 32}
 
 
@@ -74,11 +79,13 @@ def stage_data(args):
             if not member.name.endswith(".webp") or known is None:
                 continue
             label, tags = labels[known]
-            tags = sorted((t for t in tags if t not in label.lower()), key=lambda t: (-frequency[t], t))[:3]
+            tags = [tag for tag in tags if tag not in label.lower()]
+            tags.sort(key=lambda tag: (-frequency[tag], tag))  # the most frequent first
             picture = Image.open(io.BytesIO(tar.extractfile(member).read())).convert("RGBA")
             white = Image.new("RGBA", picture.size, "white")
-            picture = Image.alpha_composite(white, picture).convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
-            samples.append((code, picture, label, tags))
+            picture = Image.alpha_composite(white, picture).convert("RGB")
+            picture = picture.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+            samples.append((code, picture, label, tags[:3]))
     samples.sort(key=lambda s: s[0])
     random.Random(0).shuffle(samples)
     (POCKET / "data").mkdir(exist_ok=True)
@@ -87,7 +94,8 @@ def stage_data(args):
             for code, picture, label, tags in part:
                 image = io.BytesIO()
                 picture.save(image, "WEBP", lossless=True, quality=100, method=4)
-                caption = ", ".join([label.replace(", ", " and "), *tags])  # the first comma ends the label
+                # the first comma ends the label
+                caption = ", ".join([label.replace(", ", " and "), *tags])
                 add_pair(tar, code, "webp", image.getvalue(), caption)
         print(f"data: {name}: {len(part)} pictures")
 
@@ -109,27 +117,32 @@ def stage_tokenizer(args):
     single_file.write_tokenizer(POCKET / "tokenizer", "sd1", VOCABULARY, 32)
     tokenizer = CLIPTokenizer.from_pretrained(POCKET / "tokenizer")
     lengths = [len(ids) for ids in tokenizer(read_split("train")[1]).input_ids]
-    print(f"tokenizer: {len(tokenizer)} entries; captions take {np.mean(lengths):.1f} tokens on average, "
+    print(f"tokenizer: {len(tokenizer)} entries; "
+          f"captions take {np.mean(lengths):.1f} tokens on average, "
           f"{sum(n > 32 for n in lengths)} of {len(lengths)} more than 32")
 
 
 # ---------------------------------------------------------------- training, shared by the stages
 
 def fit(name, args, modules, loss_of_step, lr, ema=None, weight_decay=0.01, warmup=200):
-    """AdamW with warm-up and cosine decay over STEPS[name]. `modules` is a dict name -> (module, lr factor). State goes to
-    args.work/{name}.pt every two minutes, so that the same command resumes. Ends with the EMA weights in the modules.
-    -> the number of steps done now"""
+    """AdamW with warm-up and cosine decay over STEPS[name] -> the number of steps done now.
+
+    modules: {name: (module, lr factor)}. loss_of_step(step, generator) -> loss.
+    State goes to args.work/{name}.pt every two minutes, so that the same command resumes.
+    Ends with the EMA weights in the modules."""
     steps = max(1, round(STEPS[name] * args.scale))
     file = args.work / f"{name}.pt"
     groups = [{"params": list(m.parameters()), "factor": factor} for m, factor in modules.values()]
-    parameters = [p for g in groups for p in g["params"]]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+    parameters = [p for group in groups for p in group["params"]]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay,
+                                  fused=True)
     average = [p.detach().clone() for p in parameters] if ema else None
     first = 0
     if file.exists():
         state = torch.load(file, map_location=args.device)
         if state["steps"] != steps:
-            sys.exit(f"{file} is of a stage of {state['steps']} steps, not {steps}: remove it, or give the same --scale")
+            sys.exit(f"{file} is of a stage of {state['steps']} steps, not {steps}: "
+                     "remove it, or give the same --scale")
         for key, (module, _) in modules.items():
             module.load_state_dict(state["modules"][key])
         optimizer.load_state_dict(state["optimizer"])
@@ -137,14 +150,17 @@ def fit(name, args, modules, loss_of_step, lr, ema=None, weight_decay=0.01, warm
         print(f"{name}: resumes at step {first}")
 
     def save(step):
-        torch.save({"modules": {k: m.state_dict() for k, (m, _) in modules.items()}, "optimizer": optimizer.state_dict(),
-                    "average": average, "step": step, "steps": steps}, file.with_suffix(".new"))
+        state = {"modules": {key: module.state_dict() for key, (module, _) in modules.items()},
+                 "optimizer": optimizer.state_dict(),
+                 "average": average, "step": step, "steps": steps}
+        torch.save(state, file.with_suffix(".new"))
         file.with_suffix(".new").rename(file)
 
     losses, start, saved = [], time.time(), time.time()
     for step in range(first, steps):
         generator = torch.Generator().manual_seed(1_000_003 * step + 17)
-        rate = lr * min(1, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        decay = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps))
+        rate = lr * min(1, (step + 1) / warmup) * decay
         for group in optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         with fast_attention(args.device):
@@ -159,8 +175,9 @@ def fit(name, args, modules, loss_of_step, lr, ema=None, weight_decay=0.01, warm
         losses.append(loss.detach())
         if (step + 1) % 100 == 0 or step + 1 in (20, steps):
             seconds = (time.time() - start) / (step + 1 - first)
-            print(f"{name}: step {step + 1}/{steps}  loss {torch.stack(losses).mean():.4f}  {seconds:.3f} s/step  "
-                  f"{seconds * (steps - step - 1) / 60:.1f} min left", flush=True)
+            print(f"{name}: step {step + 1}/{steps}  loss {torch.stack(losses).mean():.4f}  "
+                  f"{seconds:.3f} s/step  {seconds * (steps - step - 1) / 60:.1f} min left",
+                  flush=True)
             losses.clear()
         if time.time() - saved > 120:
             save(step + 1)
@@ -173,10 +190,12 @@ def fit(name, args, modules, loss_of_step, lr, ema=None, weight_decay=0.01, warm
 
 
 def augment(images, generator, shift=6, flip=False):
-    """uint8 [B,3,64,64] -> [-1,1], each picture moved by up to `shift` pixels on its white ground."""
+    """uint8 [B,3,64,64] -> [-1,1], each picture moved by up to `shift` pixels on its white ground;
+    with `flip`, half of them mirrored."""
     padded = F.pad(images, (shift,) * 4, value=255)
     moves = torch.randint(0, 2 * shift + 1, (len(images), 2), generator=generator).tolist()
-    out = torch.stack([p[:, y:y + SIZE, x:x + SIZE] for p, (y, x) in zip(padded, moves)]).float() / 127.5 - 1
+    moved = [p[:, y:y + SIZE, x:x + SIZE] for p, (y, x) in zip(padded, moves)]
+    out = torch.stack(moved).float() / 127.5 - 1
     if flip:
         chosen = torch.rand(len(images), generator=generator) < 0.5
         out[chosen] = out[chosen].flip(-1)
@@ -184,31 +203,36 @@ def augment(images, generator, shift=6, flip=False):
 
 
 def warp(images, generator):
-    """uint8 [B,3,64,64] -> [-1,1]: small random scale, rotation, shift, contrast and brightness; white comes in at the edges."""
+    """uint8 [B,3,64,64] -> [-1,1]: small random scale, rotation, shift, contrast and brightness.
+    White comes in at the edges."""
     b = len(images)
     uniform = lambda low, high: low + (high - low) * torch.rand(b, generator=generator)
     scale, angle = uniform(0.85, 1.2), uniform(-0.2, 0.2)
     cos, sin = angle.cos() * scale, angle.sin() * scale
-    theta = torch.stack([cos, -sin, uniform(-0.15, 0.15), sin, cos, uniform(-0.15, 0.15)], dim=1).view(b, 2, 3)
+    theta = torch.stack([cos, -sin, uniform(-0.15, 0.15),
+                         sin, cos, uniform(-0.15, 0.15)], dim=1).view(b, 2, 3)
     ink = 1 - images.float() / 255  # so that the zeros of the padding are white
-    ink = F.grid_sample(ink, F.affine_grid(theta, ink.shape, align_corners=False), align_corners=False)
+    grid = F.affine_grid(theta, ink.shape, align_corners=False)
+    ink = F.grid_sample(ink, grid, align_corners=False)
     ink = ink * uniform(0.8, 1.15).view(b, 1, 1, 1) + uniform(-0.05, 0.05).view(b, 1, 1, 1)
     return (1 - 2 * ink).clamp(-1, 1)
 
 
 def vary(captions, rng):
-    """Captions as people type them: the label alone or with some of its tags, now and then with an article."""
+    """Captions as people type them: the label alone or with some of its tags, now and then with
+    an article."""
     out = []
     for caption in captions:
         label, *tags = caption.split(", ")
         tags = rng.sample(tags, rng.randint(0, len(tags)))
-        out.append(("a " if rng.random() < 0.2 else "") + ", ".join([label, *tags]))
+        article = "a " if rng.random() < 0.2 else ""
+        out.append(article + ", ".join([label, *tags]))
     return out
 
 
 def rarity(captions):
-    """How likely each picture is to be drawn: 1 / sqrt(the number that share its concept), since six skin tones of one gesture or 227
-    flags teach less than as many different things."""
+    """How likely each picture is to be drawn, [N]: 1 / sqrt(the number that share its concept).
+    Six skin tones of one gesture, or 227 flags, teach less than as many different things."""
     concepts = [caption.split(", ")[0].split(":")[0] for caption in captions]
     count = collections.Counter(concepts)
     return torch.tensor([count[concept] ** -0.5 for concept in concepts])
@@ -222,22 +246,29 @@ def draw(count, batch, generator):
 
 def stage_vae(args):
     torch.manual_seed(0)
-    # With as many groups as channels the norms would take each channel's mean from a picture, and the decoder gets it back by one
-    # bright speck a picture.
+    # With as many groups as channels the norms would take each channel's mean from a picture, and
+    # the decoder gets it back by one bright speck a picture.
     vae = VAE(VAEConfig(block_out_channels=(16, 32, 96), norm_num_groups=4, sample_size=SIZE))
     vae.to(args.device, memory_format=torch.channels_last)
     images = read_split("train")[0]
-    before = VAE.from_pretrained(POCKET, device=args.device).requires_grad_(False) if args.go_on else None
-    if before:
-        vae.load_state_dict({k: v for k, v in before.state_dict().items() if not k.startswith(("decoder", "post_quant"))}, strict=False)
+    before = None
+    if args.go_on:
+        before = VAE.from_pretrained(POCKET, device=args.device).requires_grad_(False)
+        encoder_side = {key: tensor for key, tensor in before.state_dict().items()
+                        if not key.startswith(("decoder", "post_quant"))}
+        vae.load_state_dict(encoder_side, strict=False)
 
     def loss_on(pictures, noise):
         with autocast(args.device, args.precision):
             mean, std = vae.posterior(pictures)
             out = vae.decode((mean + std * noise) * vae.config.scaling_factor).float()
-        apart = vae.config.scaling_factor ** 2 * (mean - before.posterior(pictures)[0]).square().mean() if before else 0.0
+        apart = 0.0
+        if before:
+            shift = mean - before.posterior(pictures)[0]
+            apart = vae.config.scaling_factor ** 2 * shift.square().mean()
         kl = 0.5 * (mean.float() ** 2 + std.float() ** 2 - 1 - 2 * std.float().log()).mean()
-        # L1 at full and at half resolution: the coarse term keeps colours from greying while edges are still wrong
+        # L1 at full and at half resolution: the coarse term keeps colours from greying while edges
+        # are still wrong
         coarse = (F.avg_pool2d(out, 2) - F.avg_pool2d(pictures, 2)).abs().mean()
         return (out - pictures).abs().mean() + coarse + 1e-5 * kl + apart
 
@@ -246,10 +277,13 @@ def stage_vae(args):
     def loss_of_step(step, generator):
         pictures = augment(images[draw(len(images), BATCH["vae"], generator)], generator, flip=True)
         noise = torch.randn(BATCH["vae"], 4, SIZE // 4, SIZE // 4, generator=generator)
-        return compiled(pictures.to(args.device, memory_format=torch.channels_last), noise.to(args.device))
+        pictures = pictures.to(args.device, memory_format=torch.channels_last)
+        return compiled(pictures, noise.to(args.device))
 
-    encoder, decoder = torch.nn.ModuleList([vae.encoder, vae.quant_conv]), torch.nn.ModuleList([vae.decoder, vae.post_quant_conv])
-    fit("vae", args, {"encoder": (encoder, 0.3 if before else 1.0), "decoder": (decoder, 1.0)}, loss_of_step, 2e-3, ema=0.999)
+    encoder = torch.nn.ModuleList([vae.encoder, vae.quant_conv])
+    decoder = torch.nn.ModuleList([vae.decoder, vae.post_quant_conv])
+    modules = {"encoder": (encoder, 0.3 if before else 1.0), "decoder": (decoder, 1.0)}
+    fit("vae", args, modules, loss_of_step, 2e-3, ema=0.999)
     vae.eval()
     whiten(vae, images, args)
     held_out = read_split("heldout")[0].to(args.device).float() / 127.5 - 1
@@ -263,14 +297,17 @@ def stage_vae(args):
 
 @torch.no_grad()
 def whiten(vae, images, args):
-    """Give the scaled latents zero mean and unit variance per channel, with SD's own scaling factor 0.18215, by folding
-    an affine map into the two 1x1 convolutions. The function image -> image stays the same."""
-    sums = torch.zeros(2, 4, dtype=torch.float64)
+    """Give the scaled latents zero mean and unit variance per channel, with SD's own scaling factor
+    0.18215, by folding an affine map into the two 1x1 convolutions. The function image -> image
+    stays the same."""
+    sums = torch.zeros(2, 4, dtype=torch.float64)  # mean and mean square of each channel
     for chunk in images.split(256):
         mean, _ = vae.posterior(chunk.to(args.device).float() / 127.5 - 1)
-        sums += torch.stack([mean.mean(dim=(0, 2, 3)), mean.square().mean(dim=(0, 2, 3))]).double().cpu() * len(chunk) / len(images)
+        moments = torch.stack([mean.mean(dim=(0, 2, 3)), mean.square().mean(dim=(0, 2, 3))])
+        sums += moments.double().cpu() * len(chunk) / len(images)
     shift = sums[0]
-    scale = 1 / (vae.config.scaling_factor * (sums[1] - shift ** 2).sqrt())  # new = (old - shift) * scale
+    # new = (old - shift) * scale
+    scale = 1 / (vae.config.scaling_factor * (sums[1] - shift ** 2).sqrt())
     shift, scale = shift.to(args.device).float(), scale.to(args.device).float()
     quant, post = vae.quant_conv, vae.post_quant_conv
     quant.bias[:4] = (quant.bias[:4] - shift) * scale
@@ -284,16 +321,24 @@ def whiten(vae, images, args):
 
 TEXT_TOWER = {"context_length": 32, "vocab_size": VOCABULARY, "width": 192, "heads": 6, "layers": 3}
 CLIPS = {
-    "judge": {"embed_dim": 192, "vision_cfg": {"image_size": SIZE, "layers": [1, 1, 2, 1], "width": 24, "head_width": 48},
-              "text_cfg": TEXT_TOWER},
-    "reward": {"embed_dim": 192, "vision_cfg": {"image_size": SIZE, "layers": 5, "width": 192, "head_width": 32, "patch_size": 8},
-               "text_cfg": TEXT_TOWER},
+    "judge": {
+        "embed_dim": 192,
+        "vision_cfg": {"image_size": SIZE, "layers": [1, 1, 2, 1], "width": 24, "head_width": 48},
+        "text_cfg": TEXT_TOWER,
+    },
+    "reward": {
+        "embed_dim": 192,
+        "vision_cfg": {"image_size": SIZE, "layers": 5, "width": 192, "head_width": 32,
+                       "patch_size": 8},
+        "text_cfg": TEXT_TOWER,
+    },
 }
 
 
 def stage_clip(name, args):
     torch.manual_seed({"judge": 1, "reward": 2}[name])
-    model = PocketReward(CLIPS[name], CLIPTokenizer.from_pretrained(POCKET / "tokenizer")).to(args.device)
+    tokenizer = CLIPTokenizer.from_pretrained(POCKET / "tokenizer")
+    model = PocketReward(CLIPS[name], tokenizer).to(args.device)
     images, captions = read_split("train")
 
     def loss_on(pictures, ids):
@@ -305,9 +350,11 @@ def stage_clip(name, args):
     def loss_of_step(step, generator):
         chosen = torch.randperm(len(images), generator=generator)[:BATCH[name]]
         pictures = warp(images[chosen], generator).to(args.device)
-        ids = model.tokenize(vary([captions[i] for i in chosen], random.Random(step))).to(args.device)
+        prompts = vary([captions[i] for i in chosen], random.Random(step))
+        ids = model.tokenize(prompts).to(args.device)
         if name == "reward":  # noise, so that the score of a picture does not hang on its last bit
-            noise = 0.1 * torch.rand(len(pictures), 1, 1, 1, generator=generator) * torch.randn(pictures.shape, generator=generator)
+            level = 0.1 * torch.rand(len(pictures), 1, 1, 1, generator=generator)
+            noise = level * torch.randn(pictures.shape, generator=generator)
             pictures = pictures + noise.to(args.device)
         return loss_on(pictures, ids)
 
@@ -320,8 +367,9 @@ def stage_clip(name, args):
     with torch.no_grad():
         image = model.image_features(images.to(args.device).float() / 255)
         text = model.text_features(captions)
-    print(f"{name}: held-out score {(image * text).sum(1).mean():.3f}, image-to-text top-1 of {len(image)}: "
-          f"{((image @ text.T).argmax(1).cpu() == torch.arange(len(image))).float().mean():.1%}; "
+    found = (image @ text.T).argmax(1).cpu() == torch.arange(len(image))
+    print(f"{name}: held-out score {(image * text).sum(1).mean():.3f}, "
+          f"image-to-text top-1 of {len(image)}: {found.float().mean():.1%}; "
           f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
 
 
@@ -340,25 +388,71 @@ def settle_batch_norm(clip, images, args):
 
 # ---------------------------------------------------------------- teacher
 
-TEXT_ENCODER = {"vocab_size": VOCABULARY, "hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 4,
-                "num_attention_heads": 6, "max_position_embeddings": 32, "hidden_act": "gelu", "projection_dim": 192}
-UNET = {"sample_size": SIZE // 4, "block_out_channels": (64, 128, 192), "layers_per_block": 1, "cross_attention_dim": 192,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "attention_head_dim": (2, 4, 6)}
+TEXT_ENCODER = {
+    "vocab_size": VOCABULARY, "hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 4,
+    "num_attention_heads": 6, "max_position_embeddings": 32, "hidden_act": "gelu",
+    "projection_dim": 192,
+}
+UNET = {
+    "sample_size": SIZE // 4, "block_out_channels": (64, 128, 192), "layers_per_block": 1,
+    "cross_attention_dim": 192,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": (2, 4, 6),
+}
+SCHEDULER = {
+    "_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085,
+    "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "epsilon",
+    "set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False,
+    "timestep_spacing": "leading",
+}
 
 
 @torch.no_grad()
 def encode_split(images, args):
     """-> scaled latents [N,4,16,16] of uint8 pictures [N,3,64,64]."""
     vae = VAE.from_pretrained(POCKET, dtype=torch.float32, device=args.device)
-    means = [vae.posterior(part.to(args.device).float() / 127.5 - 1)[0] for part in images.split(256)]
+    means = []
+    for part in images.split(256):
+        mean, _ = vae.posterior(part.to(args.device).float() / 127.5 - 1)
+        means.append(mean)
     return torch.cat(means) * vae.config.scaling_factor
+
+
+def fit_text_encoder(text_encoder, latents, captions, args):
+    """The text encoder's first training: against latents [N,4,16,16], so that neither the reward
+    nor the judge has any part in it. The image tower, the head and the scale serve only here."""
+    model, tokenizer = text_encoder.model, text_encoder.tokenizer
+    image_tower = LatentViT(LatentRMConfig(latent_size=SIZE // 4, patch_size=2, width=192, layers=3,
+                                           heads=6, embed_dim=192)).to(args.device)
+    head = torch.nn.Linear(192, 192, bias=False).to(args.device)
+    scale = torch.nn.ParameterList([torch.tensor(math.log(1 / 0.07))]).to(args.device)
+
+    def contrast(ids, z):
+        with autocast(args.device, args.precision):
+            hidden = model(input_ids=ids).last_hidden_state
+            ends = (ids == tokenizer.eos_token_id).int().argmax(1)  # the first end token of each
+            text = head(hidden[torch.arange(len(ids)), ends])
+            image = image_tower(z)
+        return clip_loss(F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1),
+                         scale[0])
+
+    def contrast_of_step(step, generator):
+        chosen = draw(len(captions), BATCH["text"], generator)
+        prompts = vary([captions[i] for i in chosen], random.Random(step))
+        ids = text_encoder.tokenize(prompts)
+        return contrast(ids.to(args.device), latents[chosen.to(args.device)])
+
+    modules = {"text": (model, 1.0), "image": (image_tower, 1.0),
+               "head": (head, 1.0), "scale": (scale, 1.0)}
+    fit("text", args, modules, contrast_of_step, 7e-4, weight_decay=0.1)
 
 
 def stage_teacher(args):
     torch.manual_seed(3)
     tokenizer = CLIPTokenizer.from_pretrained(POCKET / "tokenizer")
-    model = CLIPTextModel(CLIPTextConfig(**TEXT_ENCODER, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+    model = CLIPTextModel(CLIPTextConfig(**TEXT_ENCODER, bos_token_id=None,
+                                         eos_token_id=tokenizer.eos_token_id,
                                          pad_token_id=tokenizer.pad_token_id))
     text_encoder = TextEncoder(model, tokenizer).to(args.device)
     unet, schedule = UNet(UNetConfig(**UNET)).to(args.device), NoiseSchedule(device=args.device)
@@ -366,30 +460,11 @@ def stage_teacher(args):
           f"text encoder {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
     images, captions = read_split("train")
     latents = encode_split(images, args)
-
-    # First against latents, so that neither the reward nor the judge has any part in it.
-    image_tower = LatentViT(LatentRMConfig(latent_size=SIZE // 4, patch_size=2, width=192, layers=3, heads=6, embed_dim=192)).to(args.device)
-    head = torch.nn.Linear(192, 192, bias=False).to(args.device)
-    scale = torch.nn.ParameterList([torch.tensor(math.log(1 / 0.07))]).to(args.device)
-
-    def contrast(ids, z):
-        with autocast(args.device, args.precision):
-            hidden = model(input_ids=ids).last_hidden_state
-            text = head(hidden[torch.arange(len(ids)), (ids == tokenizer.eos_token_id).int().argmax(1)])
-            image = image_tower(z)
-        return clip_loss(F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1), scale[0])
-
-    def contrast_of_step(step, generator):
-        chosen = draw(len(captions), BATCH["text"], generator)
-        ids = text_encoder.tokenize(vary([captions[i] for i in chosen], random.Random(step)))
-        return contrast(ids.to(args.device), latents[chosen.to(args.device)])
-
     if args.go_on:
         unet.load_state_dict(UNet.from_pretrained(POCKET).state_dict())
         model.load_state_dict(TextEncoder.from_pretrained(POCKET).model.state_dict())
     else:
-        fit("text", args, {"text": (model, 1.0), "image": (image_tower, 1.0), "head": (head, 1.0), "scale": (scale, 1.0)},
-            contrast_of_step, 7e-4, weight_decay=0.1)
+        fit_text_encoder(text_encoder, latents, captions, args)
     likely = rarity(captions)
 
     def denoise(ids, z, noise, t):
@@ -397,33 +472,37 @@ def stage_teacher(args):
         with autocast(args.device, args.precision):
             eps = unet(noisy, t, model(input_ids=ids).last_hidden_state)
         snr = schedule.alphas_cumprod[t] / (1 - schedule.alphas_cumprod[t])
-        # So every noise level has about the same part in the loss. With equal weights, or min-SNR's, the highest levels, where the
-        # caption decides what the picture is of and where a 2-step student starts, have a fiftieth of it.
+        # So every noise level has about the same part in the loss. With equal weights, or
+        # min-SNR's, the highest levels have a fiftieth of it: those where the caption decides what
+        # the picture is of, and where a 2-step student starts.
         return (snr ** -0.5 * (eps.float() - noise).square().mean(dim=(1, 2, 3))).mean()
 
     # the pattern matcher would put the slow fused attention back (see cli.fast_attention)
-    compiled = torch.compile(denoise, options={"pattern_matcher": False} if args.device.type == "cpu" else None)
+    options = {"pattern_matcher": False} if args.device.type == "cpu" else None
+    compiled = torch.compile(denoise, options=options)
 
     def denoise_of_step(step, generator):
-        chosen = torch.multinomial(likely, BATCH["teacher"], replacement=True, generator=generator)
+        count = BATCH["teacher"]
+        chosen = torch.multinomial(likely, count, replacement=True, generator=generator)
         rng = random.Random(step)
-        prompts = ["" if rng.random() < 0.1 else c for c in vary([captions[i] for i in chosen], rng)]
-        noise = torch.randn(len(chosen), *latents.shape[1:], generator=generator)
+        prompts = vary([captions[i] for i in chosen], rng)
+        prompts = ["" if rng.random() < 0.1 else prompt for prompt in prompts]
+        noise = torch.randn(count, *latents.shape[1:], generator=generator)
         # one timestep in each of as many equal parts of the schedule as there are pictures
-        t = ((torch.arange(len(chosen)) + torch.rand(len(chosen), generator=generator, dtype=torch.float64)) / len(chosen) * len(schedule)).long()
-        return compiled(text_encoder.tokenize(prompts).to(args.device), latents[chosen.to(args.device)],
-                        noise.to(args.device), t.to(args.device))
+        within = torch.rand(count, generator=generator, dtype=torch.float64)
+        t = ((torch.arange(count) + within) / count * len(schedule)).long()
+        return compiled(text_encoder.tokenize(prompts).to(args.device),
+                        latents[chosen.to(args.device)], noise.to(args.device), t.to(args.device))
 
-    if fit("teacher", args, {"unet": (unet, 1.0), "text": (model, 0.3)}, denoise_of_step, 6e-4 if args.go_on else 1e-3, ema=0.999):
+    modules = {"unet": (unet, 1.0), "text": (model, 0.3)}
+    if fit("teacher", args, modules, denoise_of_step, 6e-4 if args.go_on else 1e-3, ema=0.999):
         for name in ("plain", "student"):  # distilled from an earlier one
             shutil.rmtree(args.work / name, ignore_errors=True)
     unet.save_pretrained(POCKET / "unet", dtype=torch.float16)
     text_encoder.save_pretrained(POCKET, dtype=torch.float16)
     (POCKET / "scheduler").mkdir(exist_ok=True)
-    (POCKET / "scheduler/scheduler_config.json").write_text(json.dumps({
-        "_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
-        "beta_schedule": "scaled_linear", "prediction_type": "epsilon", "set_alpha_to_one": False, "steps_offset": 1,
-        "clip_sample": False, "timestep_spacing": "leading"}, indent=2) + "\n")
+    file = POCKET / "scheduler/scheduler_config.json"
+    file.write_text(json.dumps(SCHEDULER, indent=2) + "\n")
 
 
 # ---------------------------------------------------------------- student
@@ -431,13 +510,15 @@ def stage_teacher(args):
 def python(script, *options):
     """Run one of the project's scripts, as one would by hand."""
     command = [sys.executable, str(POCKET.parent / script), *map(str, options)]
-    require(subprocess.run(command).returncode == 0, f"{' '.join(command[1:])} failed, for the reason above")
+    require(subprocess.run(command).returncode == 0,
+            f"{' '.join(command[1:])} failed, for the reason above")
 
 
 def distil(name, args, *options):
     """-> the folder of the 2-step student."""
     out = args.work / name
-    python("train.py", "--out", out, "--steps", max(1, round(STEPS[name] * args.scale)), "--no-evaluate", *options)
+    steps = max(1, round(STEPS[name] * args.scale))
+    python("train.py", "--out", out, "--steps", steps, "--no-evaluate", *options)
     return out / "unet_target"
 
 
@@ -451,36 +532,54 @@ def stage_student(args):
     plain = distil("plain", args, "--reward", "none")  # as long as the default run
     results = {"plain": compare(plain, args.work / "plain", "--teacher-steps", 0)[-1]}
     (POCKET / "results.json").write_text(json.dumps(results, indent=1))
-    # Measured better than the default's grid of ten (README.md); perhaps because targets are handed down through fewer averaged networks
+    # Measured better than the default's grid of ten (README.md); perhaps because targets are handed
+    # down through fewer averaged networks
     student = distil("student", args, "--ddim-steps", 4, "--solver-substeps", 2)
     UNet.from_pretrained(student).save_pretrained(POCKET / "student", dtype=torch.float16)
-    results["shipped"] = compare(POCKET / "student", args.work / "shipped", "--real", "--teacher-n", 4)
+    results["shipped"] = compare(POCKET / "student", args.work / "shipped",
+                                 "--real", "--teacher-n", 4)
     shutil.copy(args.work / "shipped/grid.png", POCKET / "grid.png")
     (POCKET / "results.json").write_text(json.dumps(results, indent=1))
 
 
-STAGES = {"data": stage_data, "tokenizer": stage_tokenizer, "vae": stage_vae,
-          "judge": functools.partial(stage_clip, "judge"), "reward": functools.partial(stage_clip, "reward"),
-          "teacher": stage_teacher, "student": stage_student}
+STAGES = {
+    "data": stage_data,
+    "tokenizer": stage_tokenizer,
+    "vae": stage_vae,
+    "judge": functools.partial(stage_clip, "judge"),
+    "reward": functools.partial(stage_clip, "reward"),
+    "teacher": stage_teacher,
+    "student": stage_student,
+}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", default="all", help="comma-separated, or all")
-    parser.add_argument("--packages", type=Path, default=Path("."), help="folder with the two .tgz of npm pack")
-    parser.add_argument("--work", type=Path, default=POCKET / "state", help="folder for the state of unfinished stages")
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--go-on", action="store_true", help="teacher: start from the weights in pocket/, not from noise; vae: likewise, with "
-                        "a new decoder, and the latents stay near what they were, so that the teacher can go on too")
-    parser.add_argument("--scale", type=float, default=1.0, help="multiplies every stage's number of steps (0.01: a rehearsal)")
+    parser.add_argument("--packages", type=Path, default=Path("."),
+                        help="folder with the two .tgz of npm pack")
+    parser.add_argument("--work", type=Path, default=POCKET / "state",
+                        help="folder for the state of unfinished stages")
+    parser.add_argument("--device", type=torch.device,
+                        default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--go-on", action="store_true",
+                        help="teacher: start from the weights in pocket/, not from noise; "
+                             "vae: likewise, with a new decoder, and the latents stay near what "
+                             "they were, so that the teacher can go on too")
+    parser.add_argument("--scale", type=float, default=1.0,
+                        help="multiplies every stage's number of steps (0.01: a rehearsal)")
     args = parser.parse_args()
     args.precision = pick_precision("auto", args.device)
     args.work.mkdir(parents=True, exist_ok=True)
     chosen = list(STAGES) if args.stages == "all" else args.stages.split(",")
     if set(chosen) - set(STAGES):
         parser.error(f"--stages {args.stages}: expected some of {','.join(STAGES)}")
-    if "data" in chosen and len([*args.packages.glob("emojibase-data-*.tgz"), *args.packages.glob("lobehub-fluent-emoji-3d-*.tgz")]) != 2:
-        parser.error(f"--packages {args.packages}: expected the two .tgz of `npm pack` (see above) there, one version of each")
+    packages = [*args.packages.glob("emojibase-data-*.tgz"),
+                *args.packages.glob("lobehub-fluent-emoji-3d-*.tgz")]
+    if "data" in chosen and len(packages) != 2:
+        parser.error(f"--packages {args.packages}: expected the two .tgz of `npm pack` "
+                     "(see above) there, one version of each")
     for stage in chosen:
         start = time.time()
         STAGES[stage](args)

@@ -1,4 +1,5 @@
-"""What the scripts share: options made from a dataclass, bad input in one line, the device and precision to use."""
+"""What the scripts share: options made from a dataclass, bad input in one line, the device and
+precision to use."""
 import argparse
 import contextlib
 import dataclasses
@@ -15,26 +16,35 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from support.weights import InputError
 
-POCKET = Path(__file__).resolve().parent.parent / "pocket"  # the embedded model: what every default names
+# the embedded model, which every default names
+POCKET = Path(__file__).resolve().parent.parent / "pocket"
 
 
 def parse(defaults, doc, argv=None):
-    """A dataclass instance -> the same with the command line's values. Each field's help stands in its metadata; `choices`
-    there too; bools become --name/--no-name; "list" in the metadata makes an option repeatable."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    """A dataclass instance -> the same with the command line's values.
+
+    Each field's help stands in its metadata, and `choices` too; bools become --name/--no-name;
+    "list" in the metadata makes an option repeatable."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     own = type(defaults).__annotations__  # shown before those of a base class
     for field in sorted(dataclasses.fields(defaults), key=lambda field: field.name not in own):
-        name, value, meta = "--" + field.name.replace("_", "-"), getattr(defaults, field.name), field.metadata
-        kind = field.type if isinstance(field.type, type) else next(t for t in typing.get_args(field.type) if t is not types.NoneType)
+        name, value = "--" + field.name.replace("_", "-"), getattr(defaults, field.name)
+        meta, kind = field.metadata, field.type
+        if not isinstance(kind, type):  # such as str | None
+            kind = next(t for t in typing.get_args(kind) if t is not types.NoneType)
         text = f"{meta['help']} (default: {value})"
         if kind is bool:
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=value, help=text)
+            parser.add_argument(
+                name, action=argparse.BooleanOptionalAction, default=value, help=text)
         elif meta.get("list"):
             parser.add_argument(name, action="append", default=None, help=text)
         else:
-            parser.add_argument(name, type=kind, default=value, choices=meta.get("choices"), help=text,
-                                metavar=None if meta.get("choices") else name[2:].upper())
-    return dataclasses.replace(defaults, **{k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None})
+            parser.add_argument(
+                name, type=kind, default=value, choices=meta.get("choices"), help=text,
+                metavar=None if meta.get("choices") else name[2:].upper())
+    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    return dataclasses.replace(defaults, **given)
 
 
 def option(default, help, **more):
@@ -46,8 +56,10 @@ def run(main):
     try:
         main()
     except InputError as error:
-        # a data loading process wraps the message in a traceback, and libraries write messages of several lines
-        print("error: " + " ".join(str(error).rpartition("weights.InputError: ")[2].split()), file=sys.stderr)
+        # a data loading process wraps the message in a traceback, and libraries write messages of
+        # several lines
+        message = str(error).rpartition("weights.InputError: ")[2]
+        print("error: " + " ".join(message.split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -62,7 +74,8 @@ def pick_device(name):
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: not usable ({str(error).splitlines()[0]}); expected auto, cpu or cuda") from None
+        raise InputError(f"--device {name}: not usable ({str(error).splitlines()[0]}); "
+                         f"expected auto, cpu or cuda") from None
     return device
 
 
@@ -70,11 +83,15 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def pick_precision(name, device):
-    """"auto", "bf16" or "fp32" -> torch.dtype of the networks' arithmetic. auto: bf16 where the hardware is faster in it."""
-    if name == "auto":
-        faster = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_is_faster_in_bf16()
-        return torch.bfloat16 if faster else torch.float32
-    return PRECISIONS[name]
+    """"auto", "bf16" or "fp32" -> torch.dtype of the networks' arithmetic. auto: bf16 where the
+    hardware is faster in it."""
+    if name != "auto":
+        return PRECISIONS[name]
+    if device.type == "cuda":
+        faster = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        faster = cpu_is_faster_in_bf16()
+    return torch.bfloat16 if faster else torch.float32
 
 
 def precision_name(dtype):
@@ -84,9 +101,11 @@ def precision_name(dtype):
 
 @functools.cache
 def cpu_is_faster_in_bf16():
-    """Only a CPU with bf16 units may be, and not each of those is (Intel's with AVX512-BF16 and no AMX are half as fast), so it
-    is timed on a few matrix products."""
-    if not any(getattr(torch.cpu, f"_is_{unit}_supported", lambda: False)() for unit in ("amx_tile", "avx512_bf16")):
+    """Only a CPU with bf16 units may be, and not each of those is (Intel's with AVX512-BF16 and no
+    AMX are half as fast), so it is timed on a few matrix products."""
+    has = [getattr(torch.cpu, f"_is_{unit}_supported", lambda: False)()
+           for unit in ("amx_tile", "avx512_bf16")]
+    if not any(has):
         return False
 
     def seconds(matrix):
@@ -102,13 +121,17 @@ def cpu_is_faster_in_bf16():
 
 def autocast(device, dtype):
     """The autocast context for that precision. In float32 it does nothing."""
-    return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)
 
 
 def fast_attention(device):
-    """The context for training: on CPUs the fused attention's backward pass is the slowest part of a small model (half of the
-    pocket reward's step), and plain matrix products do the same in a quarter of the time. On CUDA: PyTorch's own choice."""
-    return sdpa_kernel(SDPBackend.MATH) if torch.device(device).type == "cpu" else contextlib.nullcontext()
+    """The context for training. On CPUs the fused attention's backward pass is the slowest part of
+    a small model (half of the pocket reward's step), and plain matrix products do the same in a
+    quarter of the time. On CUDA: PyTorch's own choice."""
+    on_cpu = torch.device(device).type == "cpu"
+    return sdpa_kernel(SDPBackend.MATH) if on_cpu else contextlib.nullcontext()
 
 
 def peak_memory(device):
@@ -116,7 +139,8 @@ def peak_memory(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource  # not on Windows
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def make_folder(path, name="--out"):
@@ -127,7 +151,8 @@ def make_folder(path, name="--out"):
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise InputError(f"{name} {path}: not writable ({error.strerror}); give a folder you can write to") from None
+        raise InputError(f"{name} {path}: not writable ({error.strerror}); "
+                         f"give a folder you can write to") from None
     return Path(path)
 
 
@@ -139,10 +164,12 @@ def require(condition, message):
 def at_least(least, args, *names):
     """Of the options `args`, those of these names must be so much or more."""
     for name in names:
-        require(getattr(args, name) >= least, f"--{name.replace('_', '-')} {getattr(args, name)}: expected {least} or more")
+        value = getattr(args, name)
+        require(value >= least, f"--{name.replace('_', '-')} {value}: expected {least} or more")
 
 
 def positive(args, *names):
     """Of the options `args`, those of these names must be more than 0."""
     for name in names:
-        require(getattr(args, name) > 0, f"--{name.replace('_', '-')} {getattr(args, name)}: expected more than 0")
+        value = getattr(args, name)
+        require(value > 0, f"--{name.replace('_', '-')} {value}: expected more than 0")

@@ -1,12 +1,15 @@
-"""The original single file of Stable Diffusion 1.x and 2.x, such as `v2-1_512-ema-pruned.safetensors`: what the file does not
-say (configs, tokenizer, prediction type), and the LDM name of every tensor.
+"""The original single file of Stable Diffusion 1.x and 2.x, such as
+`v2-1_512-ema-pruned.safetensors`: what the file does not say (configs, tokenizer, prediction type),
+and the LDM name of every tensor.
 
     model.diffusion_model.*     UNet
     first_stage_model.*         VAE
-    cond_stage_model.*          text encoder: open_clip's names with fused q, k, v (SD2) or transformers' (SD1)
+    cond_stage_model.*          text encoder: transformers' names (SD1), or open_clip's with
+                                fused q, k, v (SD2)
 
-A key function takes one of our keys (the names of the diffusers folder) and gives (key in the file, third): `third` is None, or
-0, 1, 2 where the file stacks q, k and v in one tensor. The same functions serve reading and writing.
+A key function takes one of our keys (the names of the diffusers folder) and gives (key in the file,
+third). `third` is None, or 0, 1, 2 where the file stacks q, k and v in one tensor. The same
+functions serve reading and writing.
 Source of the names: CompVis/stable-diffusion and Stability-AI/stablediffusion, `ldm/modules`.
 """
 import gzip
@@ -15,25 +18,42 @@ import re
 import tempfile
 from pathlib import Path
 
-UNET = {"block_out_channels": [320, 640, 1280, 1280], "layers_per_block": 2, "sample_size": 64,
-        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3}
-TEXT = {"model_type": "clip_text_model", "max_position_embeddings": 77, "vocab_size": 49408, "layer_norm_eps": 1e-5}
+# what both generations have in common
+UNET = {
+    "block_out_channels": [320, 640, 1280, 1280], "layers_per_block": 2, "sample_size": 64,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3}
+TEXT = {
+    "model_type": "clip_text_model", "max_position_embeddings": 77, "vocab_size": 49408,
+    "layer_norm_eps": 1e-5}
 CONFIGS = {
     "sd1": {
-        "unet": UNET | {"cross_attention_dim": 768, "attention_head_dim": 8, "use_linear_projection": False},
+        "unet": UNET | {
+            "cross_attention_dim": 768, "attention_head_dim": 8, "use_linear_projection": False},
         "vae": {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2},
-        "text_encoder": TEXT | {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12,
-                                "num_hidden_layers": 12, "hidden_act": "quick_gelu"}},
+        "text_encoder": TEXT | {
+            "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12,
+            "num_hidden_layers": 12, "hidden_act": "quick_gelu"}},
     "sd2": {
-        "unet": UNET | {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True},
+        "unet": UNET | {
+            "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20],
+            "use_linear_projection": True},
         "vae": {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2},
-        "text_encoder": TEXT | {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16,
-                                "num_hidden_layers": 23, "hidden_act": "gelu"}},  # of 24: SD2 reads the penultimate
+        "text_encoder": TEXT | {
+            "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16,
+            "num_hidden_layers": 23,  # of 24: SD2 reads the penultimate
+            "hidden_act": "gelu"}},
 }
-V_PREDICTION = {"sample_size": 96, "upcast_attention": True}  # what 2.1-768 adds to the UNet's config
-PREFIX = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
-IGNORED = {"unet": r"^$", "vae": r"loss\.",  # of tensors under the prefix: training's leftovers and the last text layer
-           "text_encoder": r"resblocks\.23\.|text_projection|logit_scale|attn_mask|position_ids"}
+V_PREDICTION = {"sample_size": 96, "upcast_attention": True}  # what 2.1-768 adds to UNet's config
+PREFIX = {
+    "unet": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+    "text_encoder": "cond_stage_model."}
+# of the tensors under the prefix, those passed over: training's leftovers and the last text layer
+IGNORED = {
+    "unet": r"^$",
+    "vae": r"loss\.",
+    "text_encoder": r"resblocks\.23\.|text_projection|logit_scale|attn_mask|position_ids"}
 
 
 def generation(keys):
@@ -42,40 +62,81 @@ def generation(keys):
         return None
     if "cond_stage_model.model.ln_final.weight" in keys:
         return "sd2"
-    return "sd1" if "cond_stage_model.transformer.text_model.final_layer_norm.weight" in keys else None
+    if "cond_stage_model.transformer.text_model.final_layer_norm.weight" in keys:
+        return "sd1"
+    return None
 
 
 def prediction_type(kind, name, metadata):
-    """"epsilon" or "v_prediction", from the file's metadata (the ModelSpec standard) or from its name; None if neither tells.
-    The tensors do not: 2.1-base and 2.1-768 have the same shapes."""
-    said = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}.get((metadata or {}).get("modelspec.prediction_type"))
-    if said or kind == "sd1":
-        return said or "epsilon"
-    return "v_prediction" if "768" in name else "epsilon" if "512" in name or "base" in name else None
+    """"epsilon" or "v_prediction", from the file's metadata (the ModelSpec standard) or else from
+    its name; None if neither tells. The tensors cannot: those of 2.1-base and 2.1-768 have the same
+    shapes."""
+    names = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
+    said = names.get((metadata or {}).get("modelspec.prediction_type"))
+    if said:
+        return said
+    if kind == "sd1":
+        return "epsilon"
+    if "768" in name:
+        return "v_prediction"
+    if "512" in name or "base" in name:
+        return "epsilon"
+    return None
 
 
-# ------------------------------------------------------------------------------------------- names
+# ------------------------------------------------------------------------------------------ names
 
-UNET_TOP = {"conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-            "time_embedding.cond_proj": "time_embed.cond_proj",  # students only; no published file has it
-            "conv_norm_out": "out.0", "conv_out": "out.2"}
-UNET_RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
-               "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
-VAE_NAMES = {"conv_shortcut": "nin_shortcut", "downsamplers.0": "downsample", "upsamplers.0": "upsample", "conv_norm_out": "norm_out",
-             "mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2", "mid_block.attentions.0": "mid.attn_1",
-             "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-TEXT_NAMES = {"embeddings.token_embedding": "token_embedding", "embeddings.position_embedding.weight": "positional_embedding",
-              "encoder.layers": "transformer.resblocks", "layer_norm1": "ln_1", "layer_norm2": "ln_2", "self_attn.out_proj": "attn.out_proj",
-              "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "final_layer_norm": "ln_final"}
+# ours -> LDM's
+UNET_TOP = {
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "time_embedding.cond_proj": "time_embed.cond_proj",  # students only; no published file has it
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2"}
+UNET_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection"}
+VAE_NAMES = {
+    "conv_shortcut": "nin_shortcut",
+    "downsamplers.0": "downsample",
+    "upsamplers.0": "upsample",
+    "conv_norm_out": "norm_out",
+    "mid_block.resnets.0": "mid.block_1",
+    "mid_block.resnets.1": "mid.block_2",
+    "mid_block.attentions.0": "mid.attn_1",
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out"}
+TEXT_NAMES = {
+    "embeddings.token_embedding": "token_embedding",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "encoder.layers": "transformer.resblocks",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "self_attn.out_proj": "attn.out_proj",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "final_layer_norm": "ln_final"}
 
 
 def replace_all(key, names):
+    """The key with whole dotted parts replaced, in the order of `names`."""
     for ours, theirs in names.items():
         key = re.sub(rf"(^|\.){re.escape(ours)}(\.|$)", rf"\g<1>{theirs}\g<2>", key)
     return key
 
 
 def unet_key(key, config):
+    """LDM numbers the stages of the down path (input_blocks; 0 is conv_in) and those of the up path
+    (output_blocks) straight through, layers + 1 to a level. The modules of a stage are numbered
+    too: here its `slot`s."""
     layers = config["layers_per_block"]
     for ours, theirs in UNET_TOP.items():
         if key.startswith(ours + "."):
@@ -86,19 +147,24 @@ def unet_key(key, config):
     else:
         way, level, kind, i, rest = key.split(".", 4)
         level, i = int(level), int(i)
-        if way == "down_blocks":
-            place = f"input_blocks.{1 + level * (layers + 1) + (layers if kind == 'downsamplers' else i)}"
+        if way == "down_blocks":  # a downsampler is a stage of its own, the last of its level
+            stage = 1 + level * (layers + 1) + (layers if kind == "downsamplers" else i)
             slot = 1 if kind == "attentions" else 0
-            rest = rest.replace("conv.", "op.") if kind == "downsamplers" else rest
-        else:
-            place = f"output_blocks.{level * (layers + 1) + (layers if kind == 'upsamplers' else i)}"
+            place = f"input_blocks.{stage}.{slot}"
+            if kind == "downsamplers":
+                rest = rest.replace("conv.", "op.")
+        else:  # an upsampler is the last slot of its level's last stage
+            stage = level * (layers + 1) + (layers if kind == "upsamplers" else i)
             attends = config["up_block_types"][level].startswith("CrossAttn")
             slot = {"resnets": 0, "attentions": 1, "upsamplers": 1 + attends}[kind]
-        place += f".{slot}"
-    return f"{PREFIX['unet']}{place}.{replace_all(rest, UNET_RESNET) if kind == 'resnets' else rest}", None
+            place = f"output_blocks.{stage}.{slot}"
+    if kind == "resnets":
+        rest = replace_all(rest, UNET_RESNET)
+    return f"{PREFIX['unet']}{place}.{rest}", None
 
 
 def vae_key(key, config):
+    """LDM counts the decoder's levels from the finest, we and diffusers from the coarsest."""
     last = len(config["block_out_channels"]) - 1
     key = re.sub(r"^encoder\.down_blocks\.(\d+)", r"encoder.down.\1", key)
     key = re.sub(r"^decoder\.up_blocks\.(\d+)", lambda m: f"decoder.up.{last - int(m[1])}", key)
@@ -107,7 +173,7 @@ def vae_key(key, config):
 
 
 def text_key(key, config):
-    """The text tower's keys, with or without the prefix text_model. (transformers changed its mind)."""
+    """The keys of transformers' text tower, which some of its versions prefix with `text_model.`"""
     key = key.removeprefix("text_model.")
     if config["hidden_act"] == "quick_gelu":  # SD1: transformers' own names
         return f"{PREFIX['text_encoder']}transformer.text_model.{key}", None
@@ -121,25 +187,40 @@ def text_key(key, config):
 KEYS = {"unet": unet_key, "vae": vae_key, "text_encoder": text_key}
 
 
-# ------------------------------------------------------------------------------------------- tokenizer
+# -------------------------------------------------------------------------------------- tokenizer
 
 def write_tokenizer(folder, kind, entries=49408, length=77):
-    """CLIP's BPE, which open_clip ships, or its first `entries`, as the tokenizer/ folder of that generation. SD1 pads with the end
-    token; SD2 with id 0, the token "!", so that transformers reads a "!" in a prompt as padding: diffusers does so too."""
+    """Write CLIP's BPE, which open_clip ships, or its first `entries`, as the tokenizer/ folder of
+    that generation ("sd1", "sd2"); `length` is the number of tokens that a prompt is cut to.
+
+    SD1 pads with the end token, SD2 with id 0, the token "!". So transformers reads a "!" in a
+    prompt of SD2 as padding; diffusers does so too."""
     from open_clip.tokenizer import bytes_to_unicode, default_bpe
-    merges = gzip.open(default_bpe(), "rt", encoding="utf-8").read().split("\n")[1:1 + entries - 512 - 2]
-    symbols = list(bytes_to_unicode().values())
-    tokens = symbols + [s + "</w>" for s in symbols] + [m.replace(" ", "") for m in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    with gzip.open(default_bpe(), "rt", encoding="utf-8") as file:
+        lines = file.read().split("\n")
+    merges = lines[1:1 + entries - 512 - 2]  # the first line is a header; see `tokens` for the rest
+    symbols = list(bytes_to_unicode().values())  # 256
+    tokens = symbols + [s + "</w>" for s in symbols] + [m.replace(" ", "") for m in merges]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": length,
+        "do_lower_case": True,
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": "!" if kind == "sd2" else "<|endoftext|>"}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "CLIPTokenizer", "model_max_length": length, "do_lower_case": True, "bos_token": "<|startoftext|>",
-        "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "!" if kind == "sd2" else "<|endoftext|>"}, indent=2) + "\n")
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    (folder / "merges.txt").write_text(
+        "#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def tokenizer(kind, load):
+    """What `load` makes of a temporary folder that holds the tokenizer of that generation."""
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizer(folder, kind)
         return load(folder)

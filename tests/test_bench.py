@@ -12,7 +12,8 @@ from vae import VAE
 
 
 def run(capsys, *argv):
-    assert call(bench.main, "--repeats", 1, "--warmup", 1, "--device", "cpu", "--precision", "fp32", *argv) == 0
+    fixed = ["--repeats", 1, "--warmup", 1, "--device", "cpu", "--precision", "fp32"]
+    assert call(bench.main, *fixed, *argv) == 0
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
@@ -22,7 +23,8 @@ def test_last_line_is_one_json_document_with_every_part_and_diffusers_beside_it(
     for name, row in rows.items():
         assert 0 < row["min"] <= row["median"] <= row["max"] and row["first"] > 0
         if name != "optimizer":
-            assert row["tflop"] > 0 and row["ratio"] == pytest.approx(row["diffusers"]["median"] / row["median"])
+            ratio = row["diffusers"]["median"] / row["median"]
+            assert row["tflop"] > 0 and row["ratio"] == pytest.approx(ratio)
     assert rows["picture"]["tflop"] > 2 * rows["unet"]["tflop"] + rows["vae_decode"]["tflop"]
     # student 3 (forward and backward), teacher 2 (guidance), target 1
     assert rows["training_step"]["tflop"] > 5.5 * rows["unet"]["tflop"]
@@ -34,7 +36,8 @@ def test_diffusers_is_given_the_same_work(model_folder):
     args.rows = bench.ROWS
     model = Pipeline.from_pretrained(model_folder, device, torch.float32)
     unet = UNet.from_pretrained(model_folder / "student").requires_grad_(False)
-    pair = UNet.from_pretrained(model_folder / "student").train(), UNet.from_pretrained(model_folder / "student")
+    pair = (UNet.from_pretrained(model_folder / "student").train(),
+            UNet.from_pretrained(model_folder / "student"))
     torch.manual_seed(0)
     ours = bench.work(args, model, unet, lambda: pair)
     torch.manual_seed(0)
@@ -53,26 +56,32 @@ def test_what_runs_without_gradient_is_counted_in_full():
     x = torch.randn(3, 5, 16)
     with torch.no_grad():
         without = bench.count_tflop(lambda: tower(x))
-    assert without == bench.count_tflop(lambda: tower(x)) > 0 and torch.backends.mha.get_fastpath_enabled()
+    assert without == bench.count_tflop(lambda: tower(x)) > 0
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
-def test_at_sd21_size_the_student_pays_2_percent_for_the_proxys_reward_and_the_expert_three_decodes():
-    """TFLOP per row, on the meta device. The fitting of the proxy is not free: at equal rows the whole path costs more than direct reward;
-    with the default rows, and with those of README's commands, less."""
+def test_at_sd21_size_the_student_pays_2_percent_for_the_proxy_and_the_expert_three_decodes():
+    """TFLOP per row, on the meta device. The fitting of the proxy is not free: at equal rows the
+    whole path costs more than direct reward; with the default rows, and with those of README's
+    commands, less."""
     meta = torch.device("meta")
     with meta:
         vae = VAE().requires_grad_(False)
-    model, z = Pipeline(vae, None, None, meta, torch.float32), torch.empty(1, 4, 64, 64, device=meta)
+    model = Pipeline(vae, None, None, meta, torch.float32)
+    z = torch.empty(1, 4, 64, 64, device=meta)
 
     def count(grad_checkpoint):
         reward, latent_rm = bench.rewards("sd21", meta, torch.float32, 64, grad_checkpoint)
         reward.looked = True  # no numbers there
-        calls = bench.reward_work(model, reward, latent_rm, z, ["x"], Config(grad_checkpoint=grad_checkpoint))
+        args = Config(grad_checkpoint=grad_checkpoint)
+        calls = bench.reward_work(model, reward, latent_rm, z, ["x"], args)
         return {name: bench.count_tflop(call) for name, call in calls.items()}
+
     tflop, recomputed = count(False), count(True)["reward_direct"]
     direct, latent, student = (tflop[f"reward_{name}"] for name in ("direct", "latent", "student"))
     assert direct == pytest.approx(5.79, rel=0.02) and recomputed == pytest.approx(8.53, rel=0.01)
     assert latent == pytest.approx(8.88, rel=0.02) and student < 0.02 * direct
     rows = Config()
-    assert rows.reward_batch * student + rows.rm_batch * (latent - student) < 0.8 * rows.reward_batch * direct
+    fitted = rows.reward_batch * student + rows.rm_batch * (latent - student)
+    assert fitted < 0.8 * rows.reward_batch * direct
     assert 16 * student + 2 * (latent - student) < 0.6 * 4 * recomputed

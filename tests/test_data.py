@@ -42,7 +42,8 @@ def test_a_batch_larger_than_the_data_set_works():
 @pytest.mark.parametrize("workers", [0, 1])
 def test_resumed_batches_equal_uninterrupted_ones(workers, shard):
     shards = Shards(shard, 16)
-    whole, resumed = list(batches(shards, 7, 0, 4, 3, workers=workers)), list(batches(shards, 7, 2, 4, 3, workers=workers))
+    whole = list(batches(shards, 7, 0, 4, 3, workers=workers))
+    resumed = list(batches(shards, 7, 2, 4, 3, workers=workers))
     for (images, captions), (images_2, captions_2) in zip(whole[2:], resumed, strict=True):
         assert torch.equal(images, images_2) and captions == captions_2
 
@@ -65,7 +66,8 @@ def test_pictures_are_resized_and_transparency_is_white():
 
 
 def test_a_folder_and_a_glob_give_the_same_as_the_tar(shard):
-    first, *others = (Shards(path, 16).samples.tolist() for path in (shard.parent, shard.parent / "*.tar", shard))
+    paths = (shard.parent, shard.parent / "*.tar", shard)
+    first, *others = (Shards(path, 16).samples.tolist() for path in paths)
     assert first == others[0] == others[1]
 
 
@@ -78,7 +80,11 @@ def test_missing_shards_are_refused_by_name(tmp_path):
 def test_a_broken_tar_is_refused_by_name(content, shard, tmp_path, capsys):
     whole = shard.read_bytes()
     file = tmp_path / "broken.tar"
-    file.write_bytes({"cut": whole[:len(whole) // 2], "text": b"<html>not found</html>" * 100, "empty": b""}[content])
+    file.write_bytes({
+        "cut": whole[:len(whole) // 2],
+        "text": b"<html>not found</html>" * 100,
+        "empty": b"",
+    }[content])
     with pytest.raises(InputError, match=str(file)):
         Shards(file, 16)
     assert call(lambda: Shards(file, 16)) == 2
@@ -104,8 +110,10 @@ def flip_bit(png):
     return png[:place] + bytes([png[place] ^ 255]) + png[place + 1:]
 
 
-@pytest.mark.parametrize("spoil", [lambda png: png[:200], flip_bit, lambda png: b"", lambda png: png.replace(b"IHDR", b"IHDX")],
-                         ids=["cut", "flipped bit", "empty", "no header"])
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda png: png[:200], flip_bit, lambda png: b"", lambda png: png.replace(b"IHDR", b"IHDX")],
+    ids=["cut", "flipped bit", "empty", "no header"])
 def test_an_unreadable_picture_is_refused_by_the_name_of_its_shard(spoil, tmp_path):
     file = write_shard(tmp_path / "bad.tar", [("a.png", spoil(random_png(0))), ("a.txt", b"words")])
     with pytest.raises(InputError, match=str(file)):
@@ -114,20 +122,26 @@ def test_an_unreadable_picture_is_refused_by_the_name_of_its_shard(spoil, tmp_pa
 
 @torch.no_grad()
 def test_encoded_shards_hold_the_vaes_posterior(shard, model_folder, tmp_path):
-    code = call(data.main, "--data", shard, "--out", tmp_path / "encoded", "--model", model_folder, "--resolution", 32,
-                "--batch", 3, "--device", "cpu", "--precision", "fp32")
+    code = call(
+        data.main, "--data", shard, "--out", tmp_path / "encoded", "--model", model_folder,
+        "--resolution", 32, "--batch", 3, "--device", "cpu", "--precision", "fp32")
     assert code == 0
     pictures, encoded = Shards(shard, 32), Shards(tmp_path / "encoded", 32)
     assert encoded.encoded and len(encoded) == len(pictures)
     assert {f.name for f in (tmp_path / "encoded").iterdir()} == {shard.name, "config.json"}
     vae = VAE.from_pretrained(model_folder)
-    for (image, caption), (posterior, caption_2) in zip((pictures[i] for i in range(8)), (encoded[i] for i in range(8))):
+    for i in range(8):
+        (image, caption), (posterior, caption_2) = pictures[i], encoded[i]
         assert caption == caption_2 and posterior.dtype == torch.float32
         agree(posterior, torch.cat(vae.posterior(image[None])), 1e-3)  # float16 keeps 11 bits
 
 
-def test_encoding_another_way_into_the_same_folder_is_refused(shard, model_folder, tmp_path, capsys):
-    encode = lambda size: call(data.main, "--data", shard, "--out", tmp_path, "--model", model_folder, "--resolution", size, "--device", "cpu")
+def test_encoding_another_way_into_the_same_folder_is_refused(
+        shard, model_folder, tmp_path, capsys):
+    def encode(size):
+        return call(data.main, "--data", shard, "--out", tmp_path, "--model", model_folder,
+                    "--resolution", size, "--device", "cpu")
+
     assert encode(32) == 0 and encode(32) == 0
     assert encode(64) == 2
     assert "resolution 32 (now 64)" in capsys.readouterr().err
@@ -145,12 +159,15 @@ def test_latents_of_several_sizes_are_refused(tmp_path):
 @pytest.mark.parametrize("shape", [(4, 8, 8), (3, 4, 8, 8), (2, 4, 8, 12)])
 def test_latents_that_are_no_square_posterior_are_refused(shape, tmp_path):
     np.save(buffer := io.BytesIO(), np.zeros(shape, np.float16))
+    file = write_shard(tmp_path / "odd.tar", [("a.npy", buffer.getvalue()), ("a.txt", b"words")])
     with pytest.raises(InputError, match=re.escape(str(shape))):
-        Shards(write_shard(tmp_path / "odd.tar", [("a.npy", buffer.getvalue()), ("a.txt", b"words")]), 16)
+        Shards(file, 16)
 
 
 def test_latents_encoded_at_another_resolution_are_refused(shard, model_folder, tmp_path):
-    assert call(data.main, "--data", shard, "--out", tmp_path, "--model", model_folder, "--resolution", 32, "--device", "cpu") == 0
+    code = call(data.main, "--data", shard, "--out", tmp_path, "--model", model_folder,
+                "--resolution", 32, "--device", "cpu")
+    assert code == 0
     for path in (tmp_path, tmp_path / shard.name):
         with pytest.raises(InputError, match="encoded at --resolution 32, now 64"):
             Shards(path, 64)
@@ -159,6 +176,7 @@ def test_latents_encoded_at_another_resolution_are_refused(shard, model_folder, 
 def test_pictures_mixed_with_latents_are_refused(shard, tmp_path):
     buffer = io.BytesIO()
     np.save(buffer, np.zeros((2, 4, 4, 4), np.float16))
-    write_shard(tmp_path / "mixed.tar", [("a.npy", buffer.getvalue()), ("a.txt", b"a"), ("b.png", random_png(0)), ("b.txt", b"b")])
+    write_shard(tmp_path / "mixed.tar", [
+        ("a.npy", buffer.getvalue()), ("a.txt", b"a"), ("b.png", random_png(0)), ("b.txt", b"b")])
     with pytest.raises(InputError, match="one kind"):
         Shards(tmp_path / "mixed.tar", 16)

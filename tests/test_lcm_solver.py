@@ -21,7 +21,10 @@ from lcm_solver import (
 )
 from support.weights import InputError
 
-SD21 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False}
+SD21 = {
+    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    "clip_sample": False, "set_alpha_to_one": False,
+}
 KINDS = ["epsilon", "v_prediction"]
 ALPHAS_CUMPROD = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)  # float64
 
@@ -64,7 +67,8 @@ def test_ddim_step_equals_its_closed_form():
     t = torch.tensor([0, 19, 499])
     x0, eps = rand(3, 4, 6, 5), rand(3, 4, 6, 5, seed=1)
     ab = torch.from_numpy(ALPHAS_CUMPROD)[t].view(-1, 1, 1, 1)
-    agree(DDIMSolver(schedule()).step(x0, eps, t).double(), ab.sqrt() * x0 + (1 - ab).sqrt() * eps, 1e-5)
+    expected = ab.sqrt() * x0 + (1 - ab).sqrt() * eps
+    agree(DDIMSolver(schedule()).step(x0, eps, t).double(), expected, 1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -72,7 +76,8 @@ def test_to_x0_and_to_eps_recover_what_was_mixed(kind):
     x0, eps, t = rand(4, 4, 6, 5), rand(4, 4, 6, 5, seed=1), torch.tensor([0, 19, 499, 999])
     ab = torch.from_numpy(ALPHAS_CUMPROD).float()[t].view(-1, 1, 1, 1)
     noisy = ab.sqrt() * x0 + (1 - ab).sqrt() * eps
-    output = eps if kind == "epsilon" else ab.sqrt() * eps - (1 - ab).sqrt() * x0  # v, Salimans & Ho 2022
+    v = ab.sqrt() * eps - (1 - ab).sqrt() * x0  # Salimans & Ho 2022
+    output = eps if kind == "epsilon" else v
     agree(schedule(kind).to_x0(output, noisy, t), x0)
     agree(schedule(kind).to_eps(output, noisy, t), eps)
 
@@ -89,14 +94,19 @@ def test_a_grid_that_does_not_divide_the_training_timesteps_is_refused(steps):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("substeps, walks", [(1, [[999, 979], [19, 0]]), (2, [[999, 989, 979], [19, 9, 0]]),
-                                             (4, [[999, 994, 989, 984, 979], [19, 14, 9, 4, 0]])])
+@pytest.mark.parametrize("substeps, walks", [
+    (1, [[999, 979], [19, 0]]),
+    (2, [[999, 989, 979], [19, 9, 0]]),
+    (4, [[999, 994, 989, 984, 979], [19, 14, 9, 4, 0]]),
+])
 def test_solve_equals_a_loop_of_guided_ddim_steps(kind, substeps, walks):
     z, context, uncond = start(2)
     w, net, d = torch.tensor([5.0, 14.0]), Net(), schedule(kind)
-    z_t, t = DDIMSolver(d).solve(net, z, torch.tensor([walk[0] for walk in walks]), context, uncond, w, substeps)
+    starts = torch.tensor([walk[0] for walk in walks])
+    z_t, t = DDIMSolver(d).solve(net, z, starts, context, uncond, w, substeps)
     assert t.tolist() == [walk[-1] for walk in walks]
-    assert net.calls == [[walk[i] for walk in walks] * 2 for i in range(substeps)]  # one batch of 2B each, not two passes
+    # one batch of 2B each, not two passes
+    assert net.calls == [[walk[i] for walk in walks] * 2 for i in range(substeps)]
     for row, walk in enumerate(walks):
         x = z[row:row + 1]
         for now, following in zip(walk, walk[1:]):
@@ -136,7 +146,8 @@ def test_sample_lcm_equals_diffusers(steps, kind):
     theirs.set_timesteps(steps)
     embedding = diffusers_embedding(torch.full((3,), w), 256)
     for t in theirs.timesteps:
-        z, denoised = theirs.step(net(z, t.expand(3), context, embedding), t, z, generator=generator, return_dict=False)
+        output = net(z, t.expand(3), context, embedding)
+        z, denoised = theirs.step(output, t, z, generator=generator, return_dict=False)
     agree(out, denoised)
 
 
@@ -162,7 +173,8 @@ def test_boundary_scalings_give_the_identity_at_zero():
 
 def test_consistency_function_is_the_identity_at_zero():
     z, context, _ = start()
-    assert torch.equal(consistency_function(Net(), schedule(), z, torch.zeros(3, dtype=torch.long), context, torch.ones(3)), z)
+    zero = torch.zeros(3, dtype=torch.long)
+    assert torch.equal(consistency_function(Net(), schedule(), z, zero, context, torch.ones(3)), z)
 
 
 def test_guided_is_one_plus_w_cond_minus_w_uncond():
@@ -170,7 +182,8 @@ def test_guided_is_one_plus_w_cond_minus_w_uncond():
     t, net = torch.tensor([19, 500, 999]), Net()
     for w in (torch.tensor([0.0, 5.0, 14.0]), 3.0):
         v = torch.as_tensor(w).view(-1, 1, 1, 1)
-        agree(guided(net, z, t, context, uncond, w), (1 + v) * net(z, t, context) - v * net(z, t, uncond.expand(3, -1, -1)), 1e-5)
+        expected = (1 + v) * net(z, t, context) - v * net(z, t, uncond.expand(3, -1, -1))
+        agree(guided(net, z, t, context, uncond, w), expected, 1e-5)
 
 
 def test_huber_equals_its_formula():

@@ -45,7 +45,8 @@ def test_gradient_to_the_image_equals_finite_differences(model_folder):
     reward = load_reward(f"pocket={model_folder}", dtype=torch.float64)
     text = reward.text_features(PROMPTS)
     score = lambda x: (reward.image_features(x) * text).sum()
-    images, direction, h = pictures(32, 32).double().requires_grad_(), rand(3, 3, 32, 32, seed=1).double(), 1e-5
+    images, h = pictures(32, 32).double().requires_grad_(), 1e-5
+    direction = rand(3, 3, 32, 32, seed=1).double()
     score(images).backward()
     with torch.no_grad():
         slope = (score(images + h * direction) - score(images - h * direction)) / (2 * h)
@@ -59,20 +60,23 @@ def test_weights_are_frozen_and_get_no_gradient(reward):
     images = pictures(32, 32).requires_grad_()
     reward(images, PROMPTS).sum().backward()
     assert images.grad.abs().max() > 0
-    assert not reward.training and all(p.grad is None and not p.requires_grad for p in reward.parameters())
+    assert not reward.training
+    assert all(p.grad is None and not p.requires_grad for p in reward.parameters())
 
 
 @torch.no_grad()
 def test_save_then_load_is_exact(reward, model_folder, tmp_path):
     reward.save_pretrained(tmp_path / "reward")
     shutil.copytree(model_folder / "tokenizer", tmp_path / "tokenizer")
-    assert torch.equal(load_reward(f"pocket={tmp_path}")(pictures(32, 32), PROMPTS), reward(pictures(32, 32), PROMPTS))
+    images, again = pictures(32, 32), load_reward(f"pocket={tmp_path}")
+    assert torch.equal(again(images, PROMPTS), reward(images, PROMPTS))
 
 
 def test_a_half_precision_file_scores_in_float32(reward, model_folder, tmp_path):
     reward.save_pretrained(tmp_path / "reward", dtype=torch.float16)
     shutil.copytree(model_folder / "tokenizer", tmp_path / "tokenizer")
-    agree(load_reward(f"pocket={tmp_path}")(pictures(32, 32), PROMPTS), reward(pictures(32, 32), PROMPTS), 1e-2)
+    images, again = pictures(32, 32), load_reward(f"pocket={tmp_path}")
+    agree(again(images, PROMPTS), reward(images, PROMPTS), 1e-2)
 
 
 @pytest.mark.parametrize("spec", ["beauty", "none", "pocket=/no/such/folder"])
@@ -86,7 +90,8 @@ def test_one_prompt_an_image_is_required(reward):
         reward(pictures(32, 32), PROMPTS[:2])
 
 
-@pytest.mark.parametrize("name, size, named", [(WEIGHTS, 1000, WEIGHTS), ("config.json", 30, "config.json")])
+@pytest.mark.parametrize("name, size, named", [
+    (WEIGHTS, 1000, WEIGHTS), ("config.json", 30, "config.json")])
 def test_truncated_files_are_refused_by_name(name, size, named, model_copy):
     file = model_copy / "reward" / name
     file.write_bytes(file.read_bytes()[:size])

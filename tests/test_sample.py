@@ -24,7 +24,8 @@ PROMPTS = ["a red apple", "rocket", "a fish"]
 def cli(model_folder, tmp_path):
     """sample.py on the tiny model: cli("--steps", 4, model=...) -> exit code."""
     def run(*argv, model=model_folder, out=tmp_path / "out"):
-        return call(sample.main, "--model", model, "--out", out, "--device", "cpu", "--precision", "fp32", *argv)
+        return call(sample.main, "--model", model, "--out", out, "--device", "cpu",
+                    "--precision", "fp32", *argv)
     return run
 
 
@@ -41,18 +42,21 @@ def test_a_picture_does_not_depend_on_its_batch(solver, steps, folder, model_fol
     for i in range(3):
         alone = model.draw(unet, PROMPTS[i:i + 1], [5 + i], steps, 4.0, solver)
         agree(alone, together[i:i + 1])
-    assert not torch.equal(together[0], model.draw(unet, PROMPTS[:1], [6], steps, 4.0, solver)[0])
+    other = model.draw(unet, PROMPTS[:1], [6], steps, 4.0, solver)
+    assert not torch.equal(together[0], other[0])
 
 
 def test_pngs_hold_what_made_them_and_a_grid_is_written(cli, model_folder, tmp_path):
-    assert cli(*prompts("a red apple", "lapin blånc 🐇"), "--n", 2, "--seed", 40, "--steps", 4, "--batch", 3) == 0
+    options = ["--n", 2, "--seed", 40, "--steps", 4, "--batch", 3]
+    assert cli(*prompts("a red apple", "lapin blånc 🐇"), *options) == 0
     files = sorted(f.name for f in (tmp_path / "out").iterdir())
     assert files == [f"{i:05d}.png" for i in range(4)] + ["grid.png"]
     pictures = [Image.open(tmp_path / "out" / name) for name in files]
     assert [p.text["prompt"] for p in pictures[:4]] == ["a red apple"] * 2 + ["lapin blånc 🐇"] * 2
     assert [p.text["seed"] for p in pictures[:4]] == ["40", "41", "40", "41"]
     assert {p.text["steps"] for p in pictures} == {"4"} and pictures[4].size == (64, 64)
-    assert {p.text["guidance"] for p in pictures} == {"3.0"} and {p.text["model"] for p in pictures} == {str(model_folder)}
+    assert {p.text["guidance"] for p in pictures} == {"3.0"}
+    assert {p.text["model"] for p in pictures} == {str(model_folder)}
     whole = np.array(pictures[4])
     for i, (y, x) in enumerate([(0, 0), (0, 32), (32, 0), (32, 32)]):
         assert np.array_equal(whole[y:y + 32, x:x + 32], np.array(pictures[i]))
@@ -62,19 +66,22 @@ def test_the_same_command_draws_the_same_picture(cli, tmp_path):
     for name in ("a", "b"):
         assert cli(*prompts("rocket"), "--seed", 3, out=tmp_path / name) == 0
     assert (tmp_path / "a/00000.png").read_bytes() == (tmp_path / "b/00000.png").read_bytes()
-    assert [f.name for f in (tmp_path / "a").iterdir()] == ["00000.png"]  # one picture needs no grid
+    # one picture needs no grid
+    assert [f.name for f in (tmp_path / "a").iterdir()] == ["00000.png"]
 
 
 def test_prompts_file_and_size(cli, tmp_path):
     (tmp_path / "prompts.txt").write_text("rocket\n\na fish\n")
     assert cli("--prompts", tmp_path / "prompts.txt", "--size", "48x32") == 0
     pictures = [Image.open(tmp_path / "out" / f"{i:05d}.png") for i in range(2)]
-    assert [p.text["prompt"] for p in pictures] == ["rocket", "a fish"] and {p.size for p in pictures} == {(32, 48)}
+    assert [p.text["prompt"] for p in pictures] == ["rocket", "a fish"]
+    assert {p.size for p in pictures} == {(32, 48)}
 
 
 def test_the_teacher_is_sampled_with_ddim_and_a_negative_prompt_changes_the_picture(cli, tmp_path):
+    teacher = ["--solver", "ddim", "--steps", 3]
     for name, negative in (("a", []), ("b", ["--negative", ""]), ("c", ["--negative", "a fish"])):
-        assert cli(*prompts("rocket"), "--solver", "ddim", "--steps", 3, *negative, out=tmp_path / name) == 0
+        assert cli(*prompts("rocket"), *teacher, *negative, out=tmp_path / name) == 0
     a, b, c = (np.array(Image.open(tmp_path / name / "00000.png")) for name in "abc")
     assert np.array_equal(a, b) and not np.array_equal(a, c)
 
@@ -86,30 +93,45 @@ def test_the_teachers_pictures_equal_diffusers_pipeline(kind, negative, model_co
     file = model_copy / "scheduler/scheduler_config.json"
     file.write_text(file.read_text().replace("epsilon", kind))
     model = Pipeline.from_pretrained(model_copy, torch.device("cpu"), torch.float32)
-    ours = model.draw(UNet.from_pretrained(model_copy), PROMPTS, [5, 6, 7], 5, 6.5, "ddim", size=(24, 40), negative=negative)
-    theirs = teacher_pipeline(model_copy)(PROMPTS, negative_prompt=[negative] * 3, num_inference_steps=5, guidance_scale=7.5, height=24, width=40,
-                                          output_type="pt", generator=[torch.Generator().manual_seed(seed) for seed in (5, 6, 7)]).images
+    unet = UNet.from_pretrained(model_copy)
+    ours = model.draw(
+        unet, PROMPTS, [5, 6, 7], 5, 6.5, "ddim", size=(24, 40), negative=negative)
+    theirs = teacher_pipeline(model_copy)(
+        PROMPTS, negative_prompt=[negative] * 3, num_inference_steps=5, guidance_scale=7.5,
+        height=24, width=40, output_type="pt",
+        generator=[torch.Generator().manual_seed(seed) for seed in (5, 6, 7)]).images
     agree(ours, theirs)
 
 
 def test_peak_memory_and_seconds_are_printed(cli, capsys):
     assert cli(*prompts("rocket")) == 0
-    assert re.search(r"s to load, .* s for 1 pictures in 2 steps \(cpu, float32\), peak memory \d+\.\d\d GiB", capsys.readouterr().out)
+    said = (r"s to load, .* s for 1 pictures in 2 steps \(cpu, float32\), "
+            r"peak memory \d+\.\d\d GiB")
+    assert re.search(said, capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_model_folder_in_half_precision_gives_the_same_picture(precision, cli, model_copy, tmp_path):
+def test_a_model_folder_in_half_precision_gives_the_same_picture(
+        precision, cli, model_copy, tmp_path):
     assert cli(*prompts("rocket"), out=tmp_path / "full") == 0
+    student = model_copy / "student"
     VAE.from_pretrained(model_copy).save_pretrained(model_copy / "vae", dtype=torch.float16)
     TextEncoder.from_pretrained(model_copy).save_pretrained(model_copy, dtype=torch.float16)
-    UNet.from_pretrained(model_copy / "student").save_pretrained(model_copy / "student", dtype=torch.float16)
-    assert cli(*prompts("rocket"), "--precision", precision, model=model_copy, out=tmp_path / "half") == 0
-    full, half = (np.array(Image.open(tmp_path / name / "00000.png")).astype(int) for name in ("full", "half"))
+    UNet.from_pretrained(student).save_pretrained(student, dtype=torch.float16)
+    assert cli(*prompts("rocket"), "--precision", precision, model=model_copy,
+               out=tmp_path / "half") == 0
+    full, half = (
+        np.array(Image.open(tmp_path / name / "00000.png")).astype(int)
+        for name in ("full", "half"))
     assert np.abs(full - half).mean() < 4  # of 255
 
 
 def cut(file, size):
     file.write_bytes(file.read_bytes()[:size])
+
+
+def inpaint(model):
+    UNet(UNetConfig(**TINY_UNET, in_channels=9)).save_pretrained(model / "student")
 
 
 WRONG = {
@@ -138,12 +160,16 @@ WRONG = {
     "half a VAE": ([], lambda m: cut(m / "vae" / WEIGHTS, 5000), WEIGHTS),
     "half a student": ([], lambda m: cut(m / "student" / WEIGHTS, 5000), WEIGHTS),
     "half a VAE config": ([], lambda m: cut(m / "vae/config.json", 20), "config.json"),
-    "half a text encoder config": ([], lambda m: cut(m / "text_encoder/config.json", 20), "config.json"),
-    "half a scheduler config": ([], lambda m: cut(m / "scheduler/scheduler_config.json", 20), "scheduler_config.json"),
+    "half a text encoder config": (
+        [], lambda m: cut(m / "text_encoder/config.json", 20), "config.json"),
+    "half a scheduler config": (
+        [], lambda m: cut(m / "scheduler/scheduler_config.json", 20), "scheduler_config.json"),
     "half a vocabulary": ([], lambda m: cut(m / "tokenizer/vocab.json", 2000), "tokenizer"),
-    "UNet of an inpainting model": ([], lambda m: UNet(UNetConfig(**TINY_UNET, in_channels=9)).save_pretrained(m / "student"), "9 to 4 channels"),
-    "text encoder of another width": ([], lambda m: make_text_encoder(m, hidden_size=48), "cross_attention_dim 32"),
-    "text encoder with another vocabulary": ([], lambda m: make_text_encoder(m, vocab_size=1000), "1000"),
+    "UNet of an inpainting model": ([], inpaint, "9 to 4 channels"),
+    "text encoder of another width": (
+        [], lambda m: make_text_encoder(m, hidden_size=48), "cross_attention_dim 32"),
+    "text encoder with another vocabulary": (
+        [], lambda m: make_text_encoder(m, vocab_size=1000), "1000"),
 }
 
 
@@ -152,12 +178,16 @@ def test_wrong_input_is_one_line_and_exit_code_2(case, cli, model_copy, capsys):
     argv, spoil, named = WRONG[case]
     if spoil:
         spoil(model_copy)
-    code = cli(*prompts("rocket"), *(str(a).replace("MODEL", str(model_copy)) for a in argv), model=model_copy)
+    argv = [str(a).replace("MODEL", str(model_copy)) for a in argv]
+    code = cli(*prompts("rocket"), *argv, model=model_copy)
     message = capsys.readouterr().err
     assert code == 2 and named in message and "Traceback" not in message
 
 
 def test_the_script_itself_exits_with_2_and_one_line(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "sample.py", "--model", tmp_path / "none", "--out", tmp_path], cwd=tmp_path,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    done = subprocess.run(
+        [sys.executable, ROOT / "sample.py", "--model", tmp_path / "none", "--out", tmp_path],
+        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

@@ -1,4 +1,5 @@
-"""The original single file: names, configs, tokenizer, prediction type. diffusers' converters are the second opinion."""
+"""The original single file: names, configs, tokenizer, prediction type. diffusers' converters are
+the second opinion."""
 import shutil
 
 import open_clip
@@ -37,11 +38,17 @@ def kind(request):
 
 @pytest.fixture
 def teacher(kind, model_copy, monkeypatch):
-    """A tiny model folder of that generation, whose sizes the single-file reader is told in place of SD's."""
-    unet, text = UNET | (SD1 if kind == "sd1" else {"use_linear_projection": True}), {"hidden_act": "quick_gelu" if kind == "sd1" else "gelu"}
+    """A tiny model folder of that generation, whose sizes the single-file reader is told in place
+    of SD's."""
+    unet = UNET | (SD1 if kind == "sd1" else {"use_linear_projection": True})
+    text = {"hidden_act": "quick_gelu" if kind == "sd1" else "gelu"}
     randomize(UNet(UNetConfig(**unet))).save_pretrained(model_copy / "unet")
     make_text_encoder(model_copy, **text)
-    monkeypatch.setattr(single_file, "CONFIGS", {kind: {"unet": unet, "vae": TINY_VAE, "text_encoder": TEXT | text | {"model_type": "clip_text_model"}}})
+    configs = {
+        "unet": unet, "vae": TINY_VAE,
+        "text_encoder": TEXT | text | {"model_type": "clip_text_model"},
+    }
+    monkeypatch.setattr(single_file, "CONFIGS", {kind: configs})
     monkeypatch.setattr(single_file, "tokenizer", lambda kind, load: load(model_copy / "tokenizer"))
     return model_copy
 
@@ -62,63 +69,94 @@ def test_a_teacher_goes_to_a_single_file_and_back_unchanged(teacher, file):
     assert same_weights(UNet.from_pretrained(file), UNet.from_pretrained(teacher))
     assert same_weights(VAE.from_pretrained(file), VAE.from_pretrained(teacher))
     first, second = TextEncoder.from_pretrained(file), TextEncoder.from_pretrained(teacher)
-    assert same_weights(first, second) and torch.equal(first(["a red apple"]), second(["a red apple"]))
+    assert same_weights(first, second)
+    assert torch.equal(first(["a red apple"]), second(["a red apple"]))
 
 
 def test_diffusers_reads_the_names_we_write(kind, teacher, file):
     state = load_file(file)
     unet = UNet.from_pretrained(teacher)
-    converted = reference.convert_ldm_unet_checkpoint(dict(state), vars(unet.config) | {"class_embed_type": None, "addition_embed_type": None})
+    config = vars(unet.config) | {"class_embed_type": None, "addition_embed_type": None}
+    converted = reference.convert_ldm_unet_checkpoint(dict(state), config)
     assert converted.keys() == unet.state_dict().keys()
     assert all(torch.equal(converted[k], v) for k, v in unet.state_dict().items())
     vae = VAE.from_pretrained(teacher)
-    converted = reference.convert_ldm_vae_checkpoint(dict(state), {"down_block_types": [0] * 3, "up_block_types": [0] * 3})
+    config = {"down_block_types": [0] * 3, "up_block_types": [0] * 3}
+    converted = reference.convert_ldm_vae_checkpoint(dict(state), config)
     assert converted.keys() == vae.state_dict().keys()
     assert all(torch.equal(converted[k].reshape(v.shape), v) for k, v in vae.state_dict().items())
     model = TextEncoder.from_pretrained(teacher).model
     if kind == "sd2":
-        converted = reference.convert_open_clip_checkpoint(model, dict(state), prefix="cond_stage_model.model.")
+        converted = reference.convert_open_clip_checkpoint(
+            model, dict(state), prefix="cond_stage_model.model.")
     else:
         converted = reference.convert_ldm_clip_checkpoint(dict(state))
-    bare = {k.removeprefix("text_model."): v for k, v in converted.items() if "position_ids" not in k}
+    bare = {
+        k.removeprefix("text_model."): v
+        for k, v in converted.items() if "position_ids" not in k}
     ours = {k.removeprefix("text_model."): v for k, v in model.state_dict().items()}
     assert bare.keys() == ours.keys() and all(torch.equal(bare[k], v) for k, v in ours.items())
 
 
 def full_size_keys(kind):
-    """{key: shape} of the published files, from our full-size modules on the meta device."""
+    """The keys of the published files, from our full-size modules on the meta device."""
     configs = single_file.CONFIGS[kind]
     fix = lambda c: {k: tuple(v) if isinstance(v, list) else v for k, v in c.items()}
     with torch.device("meta"):
-        modules = {"unet": UNet(UNetConfig(**fix(configs["unet"]))), "vae": VAE(VAEConfig(**fix(configs["vae"]))),
-                   "text_encoder": CLIPTextModel(CLIPTextConfig(**configs["text_encoder"]))}
-    return {single_file.KEYS[name](key, configs[name])[0] for name, module in modules.items() for key in module.state_dict()}
+        modules = {
+            "unet": UNet(UNetConfig(**fix(configs["unet"]))),
+            "vae": VAE(VAEConfig(**fix(configs["vae"]))),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])),
+        }
+    keys = set()
+    for name, module in modules.items():
+        keys |= {single_file.KEYS[name](key, configs[name])[0] for key in module.state_dict()}
+    return keys
 
 
 def test_known_names_of_the_published_files_are_met(kind):
-    """Facts about v1-5-pruned.safetensors and v2-1_512-ema-pruned.safetensors: names, and 686 tensors of the UNet, 248 of the VAE."""
+    """Facts about v1-5-pruned.safetensors and v2-1_512-ema-pruned.safetensors: names, and 686
+    tensors of the UNet, 248 of the VAE."""
     keys = full_size_keys(kind)
     count = lambda prefix: sum(key.startswith(prefix) for key in keys)
     assert count("model.diffusion_model.") == 686 and count("first_stage_model.") == 248
     assert count("cond_stage_model.") == (196 if kind == "sd1" else 23 * 12 + 4)
-    names = ["input_blocks.0.0.weight", "input_blocks.3.0.op.weight", "input_blocks.4.0.skip_connection.weight", "input_blocks.11.0.out_layers.3.bias",
-             "input_blocks.8.1.transformer_blocks.0.attn2.to_k.weight", "middle_block.1.proj_in.weight", "middle_block.2.emb_layers.1.weight",
-             "output_blocks.2.1.conv.weight", "output_blocks.5.2.conv.weight", "output_blocks.8.2.conv.bias", "output_blocks.11.1.norm.weight",
-             "time_embed.2.bias", "out.0.weight", "out.2.weight"]
+    names = [
+        "input_blocks.0.0.weight", "input_blocks.3.0.op.weight",
+        "input_blocks.4.0.skip_connection.weight", "input_blocks.11.0.out_layers.3.bias",
+        "input_blocks.8.1.transformer_blocks.0.attn2.to_k.weight",
+        "middle_block.1.proj_in.weight", "middle_block.2.emb_layers.1.weight",
+        "output_blocks.2.1.conv.weight", "output_blocks.5.2.conv.weight",
+        "output_blocks.8.2.conv.bias", "output_blocks.11.1.norm.weight",
+        "time_embed.2.bias", "out.0.weight", "out.2.weight",
+    ]
     assert {f"model.diffusion_model.{name}" for name in names} <= keys
-    names = ["encoder.down.2.downsample.conv.weight", "encoder.down.1.block.0.nin_shortcut.weight", "encoder.mid.attn_1.proj_out.weight",
-             "decoder.up.3.block.2.conv1.weight", "decoder.up.1.upsample.conv.bias", "decoder.up.0.block.0.nin_shortcut.weight",
-             "decoder.norm_out.weight", "encoder.mid.block_2.norm2.bias", "post_quant_conv.weight"]
+    names = [
+        "encoder.down.2.downsample.conv.weight", "encoder.down.1.block.0.nin_shortcut.weight",
+        "encoder.mid.attn_1.proj_out.weight", "decoder.up.3.block.2.conv1.weight",
+        "decoder.up.1.upsample.conv.bias", "decoder.up.0.block.0.nin_shortcut.weight",
+        "decoder.norm_out.weight", "encoder.mid.block_2.norm2.bias", "post_quant_conv.weight",
+    ]
     assert {f"first_stage_model.{name}" for name in names} <= keys
-    names = (["transformer.text_model.encoder.layers.11.self_attn.q_proj.weight", "transformer.text_model.embeddings.position_embedding.weight"] if kind == "sd1"
-             else ["model.transformer.resblocks.22.attn.in_proj_weight", "model.positional_embedding", "model.token_embedding.weight", "model.ln_final.bias"])
+    names = {
+        "sd1": ["transformer.text_model.encoder.layers.11.self_attn.q_proj.weight",
+                "transformer.text_model.embeddings.position_embedding.weight"],
+        "sd2": ["model.transformer.resblocks.22.attn.in_proj_weight", "model.positional_embedding",
+                "model.token_embedding.weight", "model.ln_final.bias"],
+    }[kind]
     assert {f"cond_stage_model.{name}" for name in names} <= keys
 
 
 def test_what_published_files_hold_besides_is_passed_over(kind, teacher, file):
-    extra = {"alphas_cumprod": 1000, "model_ema.decay": 1, "cond_stage_model.model.transformer.resblocks.23.ln_1.weight": 32,
-             "first_stage_model.loss.logvar": 1, "cond_stage_model.model.text_projection": 8, "cond_stage_model.model.logit_scale": 1,
-             "cond_stage_model.transformer.text_model.embeddings.position_ids": 32}
+    extra = {
+        "alphas_cumprod": 1000,
+        "model_ema.decay": 1,
+        "cond_stage_model.model.transformer.resblocks.23.ln_1.weight": 32,
+        "first_stage_model.loss.logvar": 1,
+        "cond_stage_model.model.text_projection": 8,
+        "cond_stage_model.model.logit_scale": 1,
+        "cond_stage_model.transformer.text_model.embeddings.position_ids": 32,
+    }
     save_file(load_file(file) | {key: torch.zeros(size) for key, size in extra.items()}, file)
     assert same_weights(UNet.from_pretrained(file), UNet.from_pretrained(teacher))
     TextEncoder.from_pretrained(file)
@@ -147,11 +185,19 @@ def test_a_student_has_no_place_in_a_single_file(model_folder, tmp_path):
 
 
 @pytest.mark.parametrize("name, metadata, expected", [
-    ("v2-1_512-ema-pruned.safetensors", None, "epsilon"), ("v2-1_768-ema-pruned.safetensors", None, "v_prediction"),
-    ("512-base-ema.safetensors", None, "epsilon"), ("mine.safetensors", {"modelspec.prediction_type": "v"}, "v_prediction"),
-    ("mine-768.safetensors", {"modelspec.prediction_type": "epsilon"}, "epsilon"), ("mine.safetensors", None, None)])
-def test_the_prediction_type_comes_from_metadata_then_from_the_name_or_is_asked_for(name, metadata, expected, tmp_path):
-    state = {"model.diffusion_model.out.2.bias": torch.zeros(4), "cond_stage_model.model.ln_final.weight": torch.zeros(1)}
+    ("v2-1_512-ema-pruned.safetensors", None, "epsilon"),
+    ("v2-1_768-ema-pruned.safetensors", None, "v_prediction"),
+    ("512-base-ema.safetensors", None, "epsilon"),
+    ("mine.safetensors", {"modelspec.prediction_type": "v"}, "v_prediction"),
+    ("mine-768.safetensors", {"modelspec.prediction_type": "epsilon"}, "epsilon"),
+    ("mine.safetensors", None, None),
+])
+def test_the_prediction_type_comes_from_metadata_then_from_the_name_or_is_asked_for(
+        name, metadata, expected, tmp_path):
+    state = {
+        "model.diffusion_model.out.2.bias": torch.zeros(4),
+        "cond_stage_model.model.ln_final.weight": torch.zeros(1),
+    }
     save_file(state, tmp_path / name, metadata=metadata)
     if expected is None:
         with pytest.raises(InputError, match="512 or 768"):
@@ -161,15 +207,21 @@ def test_the_prediction_type_comes_from_metadata_then_from_the_name_or_is_asked_
 
 
 def test_sd1_predicts_epsilon_whatever_its_name(tmp_path):
-    state = {"model.diffusion_model.out.2.bias": torch.zeros(4), "cond_stage_model.transformer.text_model.final_layer_norm.weight": torch.zeros(1)}
-    save_file(state, tmp_path / "mine.safetensors")
-    assert ScheduleConfig.from_pretrained(tmp_path / "mine.safetensors").prediction_type == "epsilon"
+    state = {
+        "model.diffusion_model.out.2.bias": torch.zeros(4),
+        "cond_stage_model.transformer.text_model.final_layer_norm.weight": torch.zeros(1),
+    }
+    file = tmp_path / "mine.safetensors"
+    save_file(state, file)
+    assert ScheduleConfig.from_pretrained(file).prediction_type == "epsilon"
 
 
 @pytest.mark.parametrize("pad, kind", [(0, "sd2"), (49407, "sd1")])
 def test_the_built_in_tokenizer_gives_clips_ids(pad, kind):
-    tokenizer, clip = single_file.tokenizer(kind, load_tokenizer), open_clip.get_tokenizer("ViT-H-14")
-    prompts = ["a red apple", "Don't  panic: 42 caf\u00e9s.", "a photo of an astronaut riding a horse on mars, 8k", ""]
+    tokenizer = single_file.tokenizer(kind, load_tokenizer)
+    clip = open_clip.get_tokenizer("ViT-H-14")
+    prompts = ["a red apple", "Don't  panic: 42 caf\u00e9s.",
+               "a photo of an astronaut riding a horse on mars, 8k", ""]
     ours = torch.tensor(tokenizer(prompts, padding="max_length", truncation=True).input_ids)
     theirs = clip(prompts)  # padded with 0
     end = (theirs == 49407).int().argmax(dim=1)
@@ -183,9 +235,12 @@ def test_the_picture_from_a_single_file_equals_diffusers(kind, teacher, file):
     from pipeline import Pipeline
     pipe = teacher_pipeline(teacher)
     model = Pipeline.from_pretrained(file, torch.device("cpu"), torch.float32)
-    ours = model.draw(UNet.from_pretrained(file), ["a red apple"], [3], 4, 6.5, "ddim", size=(32, 32), negative="rocket")
-    theirs = pipe("a red apple", negative_prompt="rocket", num_inference_steps=4, guidance_scale=7.5, height=32, width=32, output_type="pt",
-                  generator=torch.Generator().manual_seed(3)).images
+    ours = model.draw(
+        UNet.from_pretrained(file), ["a red apple"], [3], 4, 6.5, "ddim", size=(32, 32),
+        negative="rocket")
+    theirs = pipe(
+        "a red apple", negative_prompt="rocket", num_inference_steps=4, guidance_scale=7.5,
+        height=32, width=32, output_type="pt", generator=torch.Generator().manual_seed(3)).images
     agree(ours, theirs)
 
 

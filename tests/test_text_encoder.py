@@ -17,11 +17,12 @@ PROMPTS = ["a red apple", "", "house, " * 60]
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])  # SD2, SD1
 def test_equals_transformers_last_hidden_state(activation, model_copy):
     make_text_encoder(model_copy, hidden_act=activation)
-    model_folder = model_copy
-    ids = CLIPTokenizer.from_pretrained(model_folder / "tokenizer")(
-        PROMPTS, padding="max_length", truncation=True, max_length=32, return_tensors="pt").input_ids
-    theirs = CLIPTextModel.from_pretrained(model_folder / "text_encoder").eval()(input_ids=ids).last_hidden_state
-    agree(TextEncoder.from_pretrained(model_folder)(PROMPTS), theirs)
+    tokenizer = CLIPTokenizer.from_pretrained(model_copy / "tokenizer")
+    model = CLIPTextModel.from_pretrained(model_copy / "text_encoder").eval()
+    words = tokenizer(
+        PROMPTS, padding="max_length", truncation=True, max_length=32, return_tensors="pt")
+    theirs = model(input_ids=words.input_ids).last_hidden_state
+    agree(TextEncoder.from_pretrained(model_copy)(PROMPTS), theirs)
 
 
 def test_prompts_are_padded_and_cut_to_the_tokenizers_length(model_folder):
@@ -50,8 +51,10 @@ def test_save_then_load_is_exact(model_folder, tmp_path):
 @torch.no_grad()
 def test_wrong_token_ids_in_the_config_file_do_no_harm(model_folder, model_copy):
     file = model_copy / "text_encoder" / "config.json"
-    file.write_text(file.read_text().rstrip().removesuffix("}").rstrip() + ', "eos_token_id": 2, "bos_token_id": 0, "pad_token_id": 1}')
-    assert torch.equal(TextEncoder.from_pretrained(model_copy)(PROMPTS), TextEncoder.from_pretrained(model_folder)(PROMPTS))
+    wrong = ', "eos_token_id": 2, "bos_token_id": 0, "pad_token_id": 1}'
+    file.write_text(file.read_text().rstrip().removesuffix("}").rstrip() + wrong)
+    encoder, expected = map(TextEncoder.from_pretrained, (model_copy, model_folder))
+    assert torch.equal(encoder(PROMPTS), expected(PROMPTS))
 
 
 def test_width_that_does_not_match_the_unet_is_reported(model_copy):
@@ -65,13 +68,19 @@ def spoil(file, change):
     file.write_bytes(change(file.read_bytes()))
 
 
+CONFIG, STATE = "text_encoder/config.json", "text_encoder/model.safetensors"
+POSITIONS = b'"max_position_embeddings": '
 BROKEN = {
     "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), "tokenizer"),
-    "no weights": (lambda f: (f / "text_encoder/model.safetensors").unlink(), "model.safetensors"),
-    "truncated weights": (lambda f: spoil(f / "text_encoder/model.safetensors", lambda b: b[:-10]), "model.safetensors"),
-    "truncated config": (lambda f: spoil(f / "text_encoder/config.json", lambda b: b[:30]), "config.json"),
-    "another architecture": (lambda f: spoil(f / "text_encoder/config.json", lambda b: b.replace(b"clip_text_model", b"t5")), "model_type 't5'"),
-    "too few positions": (lambda f: spoil(f / "text_encoder/config.json", lambda b: b.replace(b'"max_position_embeddings": 32', b'"max_position_embeddings": 16')), "32"),
+    "no weights": (lambda f: (f / STATE).unlink(), "model.safetensors"),
+    "truncated weights": (lambda f: spoil(f / STATE, lambda b: b[:-10]), "model.safetensors"),
+    "truncated config": (lambda f: spoil(f / CONFIG, lambda b: b[:30]), "config.json"),
+    "another architecture": (
+        lambda f: spoil(f / CONFIG, lambda b: b.replace(b"clip_text_model", b"t5")),
+        "model_type 't5'"),
+    "too few positions": (
+        lambda f: spoil(f / CONFIG, lambda b: b.replace(POSITIONS + b"32", POSITIONS + b"16")),
+        "32"),
 }
 
 

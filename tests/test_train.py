@@ -38,11 +38,18 @@ def leave_matmul_precision():
 def options(model_folder, shard):
     """options(out, steps=4, ...) -> the arguments of train.py for a small run."""
     def make(out, **changes):
-        values = dict(teacher=model_folder, data=shard, out=out, resolution=32, batch_size=2, steps=4, lr=1e-3, reward="none",
-                      reward_scale=1.0, log_every=1, checkpoint_every=2, sample_every=100, device="cpu", precision="fp32", compile=False) | changes
-        name = lambda key: key.replace("_", "-")
-        return [word for key, value in values.items() for word in (
-            [f"--{name(key)}" if value else f"--no-{name(key)}"] if isinstance(value, bool) else [f"--{name(key)}", str(value)])]
+        values = dict(
+            teacher=model_folder, data=shard, out=out, resolution=32, batch_size=2, steps=4,
+            lr=1e-3, reward="none", reward_scale=1.0, log_every=1, checkpoint_every=2,
+            sample_every=100, device="cpu", precision="fp32", compile=False) | changes
+        argv = []
+        for key, value in values.items():
+            name = key.replace("_", "-")
+            if isinstance(value, bool):
+                argv += [f"--{name}" if value else f"--no-{name}"]
+            else:
+                argv += [f"--{name}", str(value)]
+        return argv
     return make
 
 
@@ -53,8 +60,9 @@ def fit(options):
 
 
 def script(argv, *launcher):
-    return subprocess.Popen([sys.executable, *launcher, str(ROOT / "train.py"), *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(ROOT / "train.py"), *argv], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def finish(process):
@@ -81,7 +89,8 @@ def apart(a, b):
 
 
 def assert_same_training(one, two, model_folder):
-    """Adam turns the rounding of a tiny gradient into a visible step, so: 1e-5 everywhere, and together 5% of the way moved."""
+    """Adam turns the rounding of a tiny gradient into a visible step, so: 1e-5 everywhere, and
+    together 5% of the way moved."""
     starts = {"unet": start_of(model_folder), "unet_target": start_of(model_folder)}
     if (one / "latent_rm").is_dir():
         starts["latent_rm"] = load_file(model_folder / "latent_rm" / WEIGHTS)
@@ -95,7 +104,7 @@ def assert_same_training(one, two, model_folder):
         assert second == pytest.approx(first, rel=1e-3)
 
 
-# ------------------------------------------------------------------------------------------- the loss
+# ----------------------------------------------------------------------------------------- the loss
 
 def network(model_folder, seed, **more):
     return randomize(UNet.from_pretrained(model_folder, **more), seed)
@@ -107,27 +116,40 @@ def scene(request, model_folder, shard):
     model = Pipeline.from_pretrained(model_folder, torch.device("cpu"), torch.float32)
     model.schedule = NoiseSchedule(ScheduleConfig(prediction_type=request.param))
     teacher = network(model_folder, 1).requires_grad_(False)
-    student, target = network(model_folder, 2, w_embed_dim=256), network(model_folder, 3, w_embed_dim=256).requires_grad_(False)
+    student = network(model_folder, 2, w_embed_dim=256)
+    target = network(model_folder, 3, w_embed_dim=256).requires_grad_(False)
     images, captions = zip(*(Shards(shard, 32)[i] for i in range(4)))
-    draws = rand(4, 4, 8, 8, seed=4), rand(4, 4, 8, 8, seed=5), torch.tensor([0, 7, 30, 49]), torch.tensor([0.0, 0.3, 0.6, 0.9])
+    draws = (rand(4, 4, 8, 8, seed=4), rand(4, 4, 8, 8, seed=5),
+             torch.tensor([0, 7, 30, 49]), torch.tensor([0.0, 0.3, 0.6, 0.9]))
     # w is small because sin(1000 w) in float32 is worth fewer digits the larger w is
     args = train.Config(ddim_steps=50, w_min=0.2, w_max=0.6, reward_scale=0.7, reward_batch=3)
-    return dict(model=model, teacher=teacher, student=student, target=target, reward=load_reward(f"pocket={model_folder}"),
-                solver=DDIMSolver(model.schedule, 50), batch=(torch.stack(images), list(captions), draws), args=args)
+    return dict(
+        model=model, teacher=teacher, student=student, target=target,
+        reward=load_reward(f"pocket={model_folder}"), solver=DDIMSolver(model.schedule, 50),
+        batch=(torch.stack(images), list(captions), draws), args=args)
 
 
 def plain_loss(model, teacher, student, target, reward, solver, batch, args):
     """Algorithm 1 again, row by row and straight from section 3 of the design."""
-    (images, captions, (noise_1, noise_2, index, u)), kind = batch, model.schedule.config.prediction_type
+    images, captions, (noise_1, noise_2, index, u) = batch
+    kind = model.schedule.config.prediction_type
     ab = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2).tolist()
-    x0_of = lambda z, out, t: ((z - (1 - ab[t]) ** 0.5 * out) / ab[t] ** 0.5 if kind == "epsilon"
-                               else ab[t] ** 0.5 * z - (1 - ab[t]) ** 0.5 * out)
-    eps_of = lambda z, out, t: out if kind == "epsilon" else ab[t] ** 0.5 * out + (1 - ab[t]) ** 0.5 * z
+
+    def x0_of(z, out, t):
+        if kind == "epsilon":
+            return (z - (1 - ab[t]) ** 0.5 * out) / ab[t] ** 0.5
+        return ab[t] ** 0.5 * z - (1 - ab[t]) ** 0.5 * out
+
+    def eps_of(z, out, t):
+        if kind == "epsilon":
+            return out
+        return ab[t] ** 0.5 * out + (1 - ab[t]) ** 0.5 * z
 
     def f(net, z, w, c, t):
         angles = 1000 * w * torch.exp(-math.log(10000) / 127 * torch.arange(128))
         out = net(z, torch.tensor([t]), c, torch.cat([angles.sin(), angles.cos()])[None])
-        return 0.25 / ((10 * t) ** 2 + 0.25) * z + 10 * t / ((10 * t) ** 2 + 0.25) ** 0.5 * x0_of(z, out, t)
+        c_skip, c_out = 0.25 / ((10 * t) ** 2 + 0.25), 10 * t / ((10 * t) ** 2 + 0.25) ** 0.5
+        return c_skip * z + c_out * x0_of(z, out, t)
 
     distances, scores = [], []
     for row in range(len(images)):
@@ -139,7 +161,9 @@ def plain_loss(model, teacher, student, target, reward, solver, batch, args):
             s = (index[row].item() + 1) * 20 - 1
             t = max(s - 20, 0)
             z_s = ab[s] ** 0.5 * z + (1 - ab[s]) ** 0.5 * noise_2[row]
-            out = (1 + w) * teacher(z_s, torch.tensor([s]), c) - w * teacher(z_s, torch.tensor([s]), empty)
+            conditional = teacher(z_s, torch.tensor([s]), c)
+            unconditional = teacher(z_s, torch.tensor([s]), empty)
+            out = (1 + w) * conditional - w * unconditional
             z_t = ab[t] ** 0.5 * x0_of(z_s, out, s) + (1 - ab[t]) ** 0.5 * eps_of(z_s, out, s)
             goal = f(target, z_t, w, c, t)
         prediction = f(student, z_s, w, c, s)
@@ -157,7 +181,8 @@ def gradients(net, loss):
 
 
 def assert_same_gradients(ours, theirs):
-    floor = 1e-2 * max(g.abs().max().item() for g in theirs.values())  # some gradients are zero but for rounding
+    # some gradients are zero but for rounding
+    floor = 1e-2 * max(g.abs().max().item() for g in theirs.values())
     for name in theirs:
         agree(ours[name], theirs[name], floor=floor)
 
@@ -184,12 +209,16 @@ def test_encoded_and_plain_pictures_give_the_same_loss(scene):
     images, *rest = scene["batch"]
     with torch.no_grad():
         posteriors = torch.stack(scene["model"].vae.posterior(images), dim=1)
-    loss, again = (train.distillation_loss(**scene | {"batch": (tensors, *rest)})[0] for tensors in (images, posteriors))
+    loss, again = (
+        train.distillation_loss(**scene | {"batch": (tensors, *rest)})[0]
+        for tensors in (images, posteriors))
     assert loss.item() == pytest.approx(again.item(), rel=1e-5)
 
 
 def test_only_the_student_gets_gradients(scene):
-    frozen = [scene["teacher"], scene["target"], scene["model"].vae, scene["model"].text_encoder, scene["reward"]]
+    model = scene["model"]
+    frozen = [
+        scene["teacher"], scene["target"], model.vae, model.text_encoder, scene["reward"]]
     train.distillation_loss(**scene)[0].backward()
     assert all(p.grad is None for net in frozen for p in net.parameters())
     assert all(p.grad is not None for p in scene["student"].parameters())
@@ -212,54 +241,80 @@ def gradients_of_top(latent_rm, loss):
 
 @pytest.mark.parametrize("kind", ["kl", "ce"])
 def test_reward_through_the_proxy_equals_the_paper_written_out(kind, proxied, monkeypatch):
-    """Both losses row by row: so captions stay with their pictures, and the expert labels what the LRM is asked about."""
+    """Both losses row by row: so captions stay with their pictures, and the expert labels what the
+    LRM is asked about."""
     seen, proxied["args"].rm_loss = {}, kind
     rewarded, fitted = train.latent_reward, train.proxy_loss
-    monkeypatch.setattr(train, "latent_reward", lambda *args: seen.update(rewarded=args[2]) or rewarded(*args))
-    monkeypatch.setattr(train, "proxy_loss", lambda *args: seen.update(args[3]) or fitted(*args))
+
+    def seen_reward(*args):
+        seen.update(rewarded=args[2])
+        return rewarded(*args)
+
+    def seen_loss(*args):
+        seen.update(args[3])
+        return fitted(*args)
+
+    monkeypatch.setattr(train, "latent_reward", seen_reward)
+    monkeypatch.setattr(train, "proxy_loss", seen_loss)
     loss, stats = train.distillation_loss(**proxied)
     prediction, goal, z = (seen[name] for name in ("rewarded", "target", "real"))
     assert torch.equal(seen["prediction"], prediction[:2])
-    model, latent_rm, reward, captions = proxied["model"], proxied["latent_rm"], proxied["reward"], proxied["batch"][1]
+    model, latent_rm, reward = proxied["model"], proxied["latent_rm"], proxied["reward"]
+    captions = proxied["batch"][1]
+
+    def plain_reward(model, lrm, latents, text):
+        return sum(lrm(latents[i:i + 1] / 0.18215, captions[i:i + 1])[0] for i in range(3)) / 3
 
     plain, _ = train.distillation_loss(**proxied | {"reward": None, "latent_rm": None})
-    score = sum(latent_rm(prediction[i:i + 1] / 0.18215, captions[i:i + 1])[0] for i in range(3)) / 3
-    assert stats["loss"].item() == pytest.approx((plain - 0.7 * score).item(), rel=1e-5) and stats["rm_score"].item() == pytest.approx(score.item(), rel=1e-5)
-    rows = [[x[i:i + 1].detach() for x in (prediction, goal, z)] for i in range(2)]
-    with torch.no_grad():
-        expert = torch.tensor([[reward((model.vae.decode(x) / 2 + 0.5).clamp(0, 1), captions[i:i + 1])[0] for x in row] for i, row in enumerate(rows)])
-    lrm = torch.stack([torch.cat([latent_rm(x / 0.18215, captions[i:i + 1]) for x in row]) for i, row in enumerate(rows)])
+    score = plain_reward(model, latent_rm, prediction, captions)
+    assert stats["loss"].item() == pytest.approx((plain - 0.7 * score).item(), rel=1e-5)
+    assert stats["rm_score"].item() == pytest.approx(score.item(), rel=1e-5)
+    expert, lrm = [], []
+    for i in range(2):
+        text, row = captions[i:i + 1], [x[i:i + 1].detach() for x in (prediction, goal, z)]
+        with torch.no_grad():
+            decoded = [(model.vae.decode(x) / 2 + 0.5).clamp(0, 1) for x in row]
+            expert.append([reward(picture, text)[0] for picture in decoded])
+        lrm.append(torch.cat([latent_rm(x / 0.18215, text) for x in row]))
+    expert, lrm = torch.tensor(expert), torch.stack(lrm)
     rm_loss = preference_loss(expert, lrm, 0.3, 0.2, kind)
     assert stats["rm_loss"].item() == pytest.approx(rm_loss.item(), rel=1e-4) and rm_loss > 0
-    assert [stats[f"expert/{name}"].item() for name in ("prediction", "target", "real")] == pytest.approx(expert.mean(0).tolist(), rel=1e-4)
-    right = sum((expert[i, j] > expert[i, k]) == (lrm[i, j] > lrm[i, k]) for i in range(2) for j, k in ((0, 1), (0, 2), (1, 2)))
+    means = [stats[f"expert/{name}"].item() for name in ("prediction", "target", "real")]
+    assert means == pytest.approx(expert.mean(0).tolist(), rel=1e-4)
+    pairs = [(i, j, k) for i in range(2) for j, k in ((0, 1), (0, 2), (1, 2))]
+    right = sum((expert[i, j] > expert[i, k]) == (lrm[i, j] > lrm[i, k]) for i, j, k in pairs)
     assert stats["rm_accuracy"].item() == pytest.approx(right.item() / 6)
 
     expected = gradients_of_top(latent_rm, rm_loss)
-    assert_same_gradients(gradients_of_top(latent_rm, train.distillation_loss(**proxied)[0]), expected)
+    again, _ = train.distillation_loss(**proxied)
+    assert_same_gradients(gradients_of_top(latent_rm, again), expected)
     ours, student = gradients(proxied["student"], loss), proxied["student"]
-    monkeypatch.setattr(train, "latent_reward", lambda model, lrm, latents, text: (
-        sum(lrm(latents[i:i + 1] / 0.18215, captions[i:i + 1])[0] for i in range(3)) / 3))
+    monkeypatch.setattr(train, "latent_reward", plain_reward)
     assert_same_gradients(ours, gradients(student, train.distillation_loss(**proxied)[0]))
 
 
 def test_the_proxy_learns_from_the_preferences_alone_and_the_student_from_its_score_alone(proxied):
     """In bf16 too, where autocast keeps a copy of the weights."""
     student, latent_rm = proxied["student"], proxied["latent_rm"]
-    top = {"visual.blocks.1", "visual.blocks.2", *(f"text.transformer.resblocks.{i}" for i in (1, 2, 3))}
+    top = {"visual.blocks.1", "visual.blocks.2"}
+    top |= {f"text.transformer.resblocks.{i}" for i in (1, 2, 3)}
     for dtype in (torch.float32, torch.bfloat16):
-        def parts(beta):
+        def parts(beta, dtype=dtype):
             proxied["args"].reward_scale = beta
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 loss, stats = train.distillation_loss(**proxied)
             student.zero_grad()
-            return gradients_of_top(latent_rm, loss), {name: p.grad.clone() for name, p in student.named_parameters()}
+            of_top = gradients_of_top(latent_rm, loss)  # which runs backward
+            return of_top, {name: p.grad.clone() for name, p in student.named_parameters()}
         (lrm, one), (lrm_again, two) = parts(0.5), parts(50.0)
         assert {".".join(name.split(".")[:3 if name[0] == "v" else 4]) for name in lrm} == top
         assert all(g.abs().max() > 0 for name, g in lrm.items() if "in_proj_bias" not in name)
-        assert all(torch.equal(lrm[name], lrm_again[name]) for name in lrm)  # beta, the student's, does not reach it
+        # beta, the student's, does not reach it
+        assert all(torch.equal(lrm[name], lrm_again[name]) for name in lrm)
         assert any((one[name] - two[name]).abs().max() > 1e-4 for name in one)
-    frozen = [proxied["teacher"], proxied["target"], proxied["model"].vae, proxied["model"].text_encoder, proxied["reward"]]
+    model = proxied["model"]
+    frozen = [
+        proxied["teacher"], proxied["target"], model.vae, model.text_encoder, proxied["reward"]]
     assert all(p.grad is None for net in frozen for p in net.parameters())
 
 
@@ -268,12 +323,19 @@ def test_the_student_learns_nothing_from_the_proxys_loss(proxied):
     loss = lambda: train.distillation_loss(**proxied)[0]
     some = gradients(proxied["student"], loss())
     proxied["args"].rm_tau_lrm = 0.01  # another loss of the proxy, the same of the student
-    assert gradients_of_top(lrm, loss()) and all(torch.equal(some[k], g) for k, g in gradients(proxied["student"], loss()).items())
+    assert gradients_of_top(lrm, loss())
+    again = gradients(proxied["student"], loss())
+    assert all(torch.equal(some[k], g) for k, g in again.items())
 
 
 def test_through_the_proxy_no_picture_is_decoded_with_gradients(proxied, monkeypatch):
     decode, calls = proxied["model"].vae.decode, []
-    monkeypatch.setattr(proxied["model"].vae, "decode", lambda latents: calls.append(torch.is_grad_enabled()) or decode(latents))
+
+    def seen_decode(latents):
+        calls.append(torch.is_grad_enabled())
+        return decode(latents)
+
+    monkeypatch.setattr(proxied["model"].vae, "decode", seen_decode)
     train.distillation_loss(**proxied)
     assert calls == [False] * 3
 
@@ -282,16 +344,18 @@ def test_captions_stay_with_their_pictures_in_another_order(proxied):
     proxied["args"].reward_batch = proxied["args"].rm_batch = 4
     images, captions, draws = proxied["batch"]
     order = [2, 0, 3, 1]
+    moved = [captions[i] for i in order]
     loss, stats = train.distillation_loss(**proxied)
-    _, again = train.distillation_loss(**proxied | {"batch": (images[order], [captions[i] for i in order], [d[order] for d in draws])})
-    _, apart = train.distillation_loss(**proxied | {"batch": (images, [captions[i] for i in order], draws)})
+    together = images[order], moved, [d[order] for d in draws]
+    _, again = train.distillation_loss(**proxied | {"batch": together})
+    _, apart = train.distillation_loss(**proxied | {"batch": (images, moved, draws)})
     for key in ("loss", "rm_score", "rm_loss", "reward", "expert/target", "expert/real"):
         assert again[key].item() == pytest.approx(stats[key].item(), rel=1e-4)
         assert apart[key].item() != pytest.approx(stats[key].item(), rel=1e-4)
 
 
 def test_no_two_ranks_draw_the_same():
-    draw = lambda places, seed=0: train.random_draws(seed, places, (4, 8, 8), 50, "cpu")
+    draw = lambda places, seed=0: train.data.random_draws(seed, places, (4, 8, 8), 50, "cpu")
     first, second = draw(positions(3, 4, rank=0, world=2)), draw(positions(3, 4, rank=1, world=2))
     both = [torch.cat(pair) for pair in zip(first, second)]
     for i in (0, 1, 3):  # posterior noise, diffusion noise, u: eight different rows
@@ -303,28 +367,32 @@ def test_no_two_ranks_draw_the_same():
 
 
 def test_draws_have_the_right_distribution():
-    noise, _, index, u = train.random_draws(0, range(3000), (4,), 50, "cpu")
+    noise, _, index, u = train.data.random_draws(0, range(3000), (4,), 50, "cpu")
     assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
     assert index.min() == 0 and index.max() == 49 and abs(index.float().mean() - 24.5) < 1
     assert u.min() >= 0 and u.max() < 1 and abs(u.mean() - 0.5) < 0.03
 
 
-# ------------------------------------------------------------------------------------------- the run
+# ------------------------------------------------------------------------------------------ the run
 
 def test_a_run_leaves_all_its_parts_and_students_that_diffusers_opens(fit, tmp_path, model_folder):
     from diffusers import UNet2DConditionModel
     out = tmp_path / "run"
     assert fit(out, steps=5, reward=f"pocket={model_folder}", keep=2, sample_every=3) == 0
-    assert {f.name for f in out.iterdir()} - {"tensorboard"} == {"checkpoints", "config.json", "log.jsonl", "samples", "unet", "unet_target"}
+    assert {f.name for f in out.iterdir()} - {"tensorboard"} == {
+        "checkpoints", "config.json", "log.jsonl", "samples", "unet", "unet_target"}
     assert sorted(f.name for f in (out / "checkpoints").iterdir()) == ["step-000004", "step-000005"]
-    assert sorted(f.name for f in (out / "samples").iterdir()) == ["step-000003.png", "step-000005.png"]
+    assert sorted(f.name for f in (out / "samples").iterdir()) == [
+        "step-000003.png", "step-000005.png"]
     assert Image.open(out / "samples/step-000005.png").text["prompts"] == " | ".join(CAPTIONS)
-    assert [step for step, *_ in log(out, "step", "loss", "lcd", "reward", "grad_norm", "lr")] == [1, 2, 3, 4, 5]
+    lines = log(out, "step", "loss", "lcd", "reward", "grad_norm", "lr")
+    assert [step for step, *_ in lines] == [1, 2, 3, 4, 5]
     assert json.loads((out / "config.json").read_text())["steps"] == 5
     for name in ("unet", "unet_target"):
         theirs = UNet2DConditionModel.from_pretrained(out / name)
         assert apart(theirs.state_dict(), weights(out, name)) == 0
-    assert apart(weights(out), start_of(model_folder)) > 1e-4 and weights(out)["time_embedding.cond_proj.weight"].any()
+    assert apart(weights(out), start_of(model_folder)) > 1e-4
+    assert weights(out)["time_embedding.cond_proj.weight"].any()
 
 
 def test_the_parts_of_a_sum_of_rewards_add_up(scene):
@@ -332,8 +400,10 @@ def test_the_parts_of_a_sum_of_rewards_add_up(scene):
     first, second = scene["reward"], load_reward(f"pocket={ROOT / 'pocket' / 'judge'}")
     second.name = "judge"
     one, _ = train.distillation_loss(**scene | {"reward": None})
-    loss, stats = train.distillation_loss(**scene | {"reward": Mixture([first, second], [0.5, 2.0])})
-    assert stats["reward"].item() == pytest.approx(0.5 * stats["reward/pocket"].item() + 2 * stats["reward/judge"].item(), rel=1e-5)
+    reward = Mixture([first, second], [0.5, 2.0])
+    loss, stats = train.distillation_loss(**scene | {"reward": reward})
+    weighted = 0.5 * stats["reward/pocket"].item() + 2 * stats["reward/judge"].item()
+    assert stats["reward"].item() == pytest.approx(weighted, rel=1e-5)
     assert loss.item() == pytest.approx(one.item() - 0.7 * stats["reward"].item(), rel=1e-5)
 
 
@@ -348,9 +418,12 @@ def test_target_is_the_moving_average_of_the_student(fit, tmp_path, model_folder
 
 
 def through(proxy, model_folder, **more):
-    """Options of the reward, direct or through the latent proxy, of which one image block and two text blocks train."""
-    proxied = dict(latent_rm=model_folder / "latent_rm", rm_image_layers=1, rm_text_layers=2, rm_lr=more.get("lr", 1e-3)) if proxy else {}
-    return dict(reward=f"pocket={model_folder}") | proxied | more
+    """Options of the reward, direct or through the latent proxy, of which one image block and two
+    text blocks train."""
+    proxied = dict(
+        latent_rm=model_folder / "latent_rm", rm_image_layers=1, rm_text_layers=2,
+        rm_lr=more.get("lr", 1e-3))
+    return dict(reward=f"pocket={model_folder}") | (proxied if proxy else {}) | more
 
 
 @pytest.mark.parametrize("proxy", [False, True])
@@ -358,8 +431,9 @@ def test_run_kill_run_equals_one_run_bit_for_bit(proxy, fit, options, tmp_path, 
     steps = through(proxy, model_folder, steps=30, checkpoint_every=10)
     whole, out = tmp_path / "whole", tmp_path / "killed"
     assert fit(whole, **steps) == 0
-    process = script(options(out, **steps))
-    while process.poll() is None and not ((out / "log.jsonl").is_file() and len((out / "log.jsonl").read_text().splitlines()) >= 13):
+    process, file = script(options(out, **steps)), out / "log.jsonl"
+    lines = lambda: len(file.read_text().splitlines()) if file.is_file() else 0
+    while process.poll() is None and lines() < 13:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -373,9 +447,11 @@ def test_run_kill_run_equals_one_run_bit_for_bit(proxy, fit, options, tmp_path, 
 
 
 @pytest.mark.parametrize("proxy", [False, True])
-def test_two_processes_equal_one_with_the_doubled_batch(proxy, fit, options, tmp_path, model_folder):
+def test_two_processes_equal_one_with_the_doubled_batch(
+        proxy, fit, options, tmp_path, model_folder):
     same = through(proxy, model_folder, steps=3, lr=3e-5)
-    finish(script(options(tmp_path / "two", batch_size=2, **same), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))
+    argv = options(tmp_path / "two", batch_size=2, **same)
+    finish(script(argv, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))
     assert fit(tmp_path / "one", batch_size=4, **same) == 0
     assert_same_training(tmp_path / "one", tmp_path / "two", model_folder)
 
@@ -383,7 +459,8 @@ def test_two_processes_equal_one_with_the_doubled_batch(proxy, fit, options, tmp
 @pytest.mark.parametrize("proxy", [False, True])
 def test_accumulating_two_batches_equals_the_doubled_batch(proxy, fit, tmp_path, model_folder):
     same = through(proxy, model_folder, steps=3, lr=3e-5)
-    assert fit(tmp_path / "two", batch_size=2, grad_accum=2, **same) == 0 and fit(tmp_path / "one", batch_size=4, **same) == 0
+    assert fit(tmp_path / "two", batch_size=2, grad_accum=2, **same) == 0
+    assert fit(tmp_path / "one", batch_size=4, **same) == 0
     assert_same_training(tmp_path / "one", tmp_path / "two", model_folder)
 
 
@@ -391,8 +468,11 @@ def test_of_the_proxy_only_the_chosen_blocks_move(fit, tmp_path, model_folder):
     assert fit(tmp_path, **through(True, model_folder, steps=2)) == 0
     before, after = load_file(model_folder / "latent_rm" / WEIGHTS), weights(tmp_path, "latent_rm")
     moved = {name for name in before if not torch.equal(before[name], after[name])}
-    top = {name for name in before if name.startswith(("visual.blocks.2.", "text.transformer.resblocks.2.", "text.transformer.resblocks.3."))}
-    assert moved == top and (tmp_path / "checkpoints/step-000002/latent_rm" / WEIGHTS).read_bytes() == (tmp_path / "latent_rm" / WEIGHTS).read_bytes()
+    chosen = (
+        "visual.blocks.2.", "text.transformer.resblocks.2.", "text.transformer.resblocks.3.")
+    assert moved == {name for name in before if name.startswith(chosen)}
+    kept = tmp_path / "checkpoints/step-000002/latent_rm" / WEIGHTS
+    assert kept.read_bytes() == (tmp_path / "latent_rm" / WEIGHTS).read_bytes()
 
 
 def test_student_and_proxy_have_rates_of_their_own(fit, tmp_path, model_folder):
@@ -401,39 +481,54 @@ def test_student_and_proxy_have_rates_of_their_own(fit, tmp_path, model_folder):
     before = load_file(model_folder / "latent_rm" / WEIGHTS)
     assert apart(weights(tmp_path, "latent_rm"), before) == pytest.approx(2e-4, rel=1e-2)
     student = {key: value for key, value in weights(tmp_path).items() if "cond_proj" not in key}
-    assert apart(student, load_file(model_folder / "unet" / WEIGHTS)) == pytest.approx(1e-3, rel=1e-2)
+    before = load_file(model_folder / "unet" / WEIGHTS)
+    assert apart(student, before) == pytest.approx(1e-3, rel=1e-2)
 
 
-def test_a_proxy_whose_gradient_is_not_finite_stops_the_run(fit, tmp_path, model_folder, monkeypatch, capsys):
-    monkeypatch.setattr(train, "preference_loss", lambda expert, lrm, *more: (lrm.sum() * 0).abs().sqrt())  # 0, with no slope there
+def test_a_proxy_whose_gradient_is_not_finite_stops_the_run(
+        fit, tmp_path, model_folder, monkeypatch, capsys):
+    flat = lambda expert, lrm, *more: (lrm.sum() * 0).abs().sqrt()  # 0, with no slope there
+    monkeypatch.setattr(train.proxy, "preference_loss", flat)
     assert fit(tmp_path, steps=2, **through(True, model_folder)) == 2
     assert "'rm_grad_norm': nan" in capsys.readouterr().err
 
 
 def test_the_rate_warms_up_and_follows_a_cosine_down_to_5_percent():
-    factor = lambda step, **more: rate_factor(step, SimpleNamespace(**dict(lr_schedule="cosine", steps=100, warmup=4) | more))
-    assert [factor(step, lr_schedule="constant") for step in (0, 1, 3, 4, 99)] == [0.25, 0.5, 1, 1, 1]
-    assert factor(50) == pytest.approx(0.525) and factor(100) == pytest.approx(0.05) and factor(25) == pytest.approx(0.05 + 0.95 * (1 + 0.5 ** 0.5) / 2)
+    def factor(step, **more):
+        values = dict(lr_schedule="cosine", steps=100, warmup=4) | more
+        return rate_factor(step, SimpleNamespace(**values))
+
+    constant = [factor(step, lr_schedule="constant") for step in (0, 1, 3, 4, 99)]
+    assert constant == [0.25, 0.5, 1, 1, 1]
+    assert factor(50) == pytest.approx(0.525) and factor(100) == pytest.approx(0.05)
+    assert factor(25) == pytest.approx(0.05 + 0.95 * (1 + 0.5 ** 0.5) / 2)
 
 
 def test_a_black_box_is_an_expert_to_learn_from(fit, tmp_path, model_folder):
-    assert fit(tmp_path, **through(True, model_folder, steps=2, reward=f"jpeg+pocket={model_folder}*0.5")) == 0
+    reward = f"jpeg+pocket={model_folder}*0.5"
+    assert fit(tmp_path, **through(True, model_folder, steps=2, reward=reward)) == 0
     assert all(kilobytes < 0 for kilobytes, in log(tmp_path, "expert/real"))
-    assert apart(weights(tmp_path, "latent_rm"), load_file(model_folder / "latent_rm" / WEIGHTS)) > 1e-4
+    before = load_file(model_folder / "latent_rm" / WEIGHTS)
+    assert apart(weights(tmp_path, "latent_rm"), before) > 1e-4
 
 
 def test_a_proxy_that_trains_nothing_stays_as_it_was(fit, tmp_path, model_folder):
-    assert fit(tmp_path, **through(True, model_folder, steps=2) | {"rm_image_layers": 0, "rm_text_layers": 0}) == 0
-    assert apart(weights(tmp_path, "latent_rm"), load_file(model_folder / "latent_rm" / WEIGHTS)) == 0
+    same = through(True, model_folder, steps=2) | {"rm_image_layers": 0, "rm_text_layers": 0}
+    assert fit(tmp_path, **same) == 0
+    before = load_file(model_folder / "latent_rm" / WEIGHTS)
+    assert apart(weights(tmp_path, "latent_rm"), before) == 0
 
 
 def test_a_proxy_for_other_latents_is_refused(fit, tmp_path, model_folder, capsys):
     from conftest import LATENT_RM
     from latent_rm import LatentRMConfig
     tokenizer = LatentRM.from_pretrained(model_folder).tokenizer
-    for change, named in (({"latent_size": 16}, "(4, 16, 16)"), ({"latent_channels": 16}, "(16, 8, 8)")):
-        LatentRM(LatentRMConfig(**LATENT_RM | change), tokenizer).save_pretrained(tmp_path / "other")
-        assert fit(tmp_path / "run", **through(True, model_folder, latent_rm=tmp_path / "other")) == 2
+    other = tmp_path / "other"
+    for change, named in (
+            ({"latent_size": 16}, "(4, 16, 16)"),
+            ({"latent_channels": 16}, "(16, 8, 8)")):
+        LatentRM(LatentRMConfig(**LATENT_RM | change), tokenizer).save_pretrained(other)
+        assert fit(tmp_path / "run", **through(True, model_folder, latent_rm=other)) == 2
         message = capsys.readouterr().err
         assert named in message and "(4, 8, 8)" in message and "--latent-rm" in message
 
@@ -454,7 +549,8 @@ def test_a_run_begun_on_another_number_of_processes_is_refused(fit, tmp_path, ca
     assert "processes 2 (now 1)" in capsys.readouterr().err
 
 
-def test_a_run_is_resumed_in_the_arithmetic_that_auto_chose_for_it(fit, tmp_path, monkeypatch, capsys):
+def test_a_run_is_resumed_in_the_arithmetic_that_auto_chose_for_it(
+        fit, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cli, "cpu_is_faster_in_bf16", lambda: False)
     assert fit(tmp_path, precision="auto", steps=1) == 0
     monkeypatch.setattr(cli, "cpu_is_faster_in_bf16", lambda: True)  # on another machine
@@ -466,14 +562,16 @@ def test_a_finished_run_started_again_keeps_its_result(fit, tmp_path):
     assert fit(tmp_path, steps=2) == 0
     before = (tmp_path / "unet" / WEIGHTS).read_bytes()
     assert fit(tmp_path, steps=2) == 0
-    assert (tmp_path / "unet" / WEIGHTS).read_bytes() == before and log(tmp_path, "step") == [(1,), (2,)]
+    assert (tmp_path / "unet" / WEIGHTS).read_bytes() == before
+    assert log(tmp_path, "step") == [(1,), (2,)]
 
 
 def test_resume_overlooks_what_is_no_whole_checkpoint(fit, tmp_path):
     assert fit(tmp_path / "whole", steps=4) == 0
     out = tmp_path / "run"
     assert fit(out, steps=4, keep=3) == 0
-    (out / "checkpoints/step-000004").rename(out / "checkpoints/.step-000004.77.new")  # killed while writing it
+    # killed while writing it
+    (out / "checkpoints/step-000004").rename(out / "checkpoints/.step-000004.77.new")
     (out / "checkpoints/step-000099.pt").write_bytes(b"of another kind")
     assert fit(out, steps=4, keep=3) == 0
     assert (out / "unet" / WEIGHTS).read_bytes() == (tmp_path / "whole/unet" / WEIGHTS).read_bytes()
@@ -504,7 +602,8 @@ WRONG = {
     "a reward without gradient": ({"reward": "pocket+jpeg"}, "--latent-rm"),
     "no such proxy": ({"reward": "jpeg", "latent_rm": "/none/lrm"}, "/none/lrm"),
     "a proxy without an expert": ({"latent_rm": "/none/lrm"}, "--reward none"),
-    "options of a proxy that is not there": ({"rm_lr": 1e-4, "rm_loss": "ce"}, "--rm-lr, --rm-loss: of the latent proxy"),
+    "options of a proxy that is not there": (
+        {"rm_lr": 1e-4, "rm_loss": "ce"}, "--rm-lr, --rm-loss: of the latent proxy"),
     "proxy of an empty name": ({"reward": "jpeg", "latent_rm": ""}, "latent_rm/config.json"),
     "temperature 0": ({"rm_tau": 0}, "--rm-tau 0"),
     "fewer than no blocks": ({"rm_text_layers": -1}, "--rm-text-layers -1"),
@@ -526,7 +625,8 @@ def test_wrong_options_are_one_line_and_exit_code_2(case, fit, tmp_path, capsys)
 def test_a_student_as_teacher_is_refused(fit, model_copy, tmp_path, capsys):
     shutil.rmtree(model_copy / "unet")
     (model_copy / "student").rename(model_copy / "unet")
-    assert fit(tmp_path / "run", teacher=model_copy) == 2 and "a student; expected a teacher" in capsys.readouterr().err
+    assert fit(tmp_path / "run", teacher=model_copy) == 2
+    assert "a student; expected a teacher" in capsys.readouterr().err
 
 
 def test_a_data_error_in_the_middle_of_a_run_names_the_shard(fit, tmp_path, capsys):
@@ -543,30 +643,44 @@ def test_the_student_is_of_the_size_that_it_was_trained_at(fit, tmp_path):
     assert Image.open(tmp_path / "samples/step-000001.png").size == (4 * 64, 2 * 64)
 
 
-def test_a_run_on_the_pocket_ends_with_the_comparison_of_its_own_student(options, tmp_path, monkeypatch):
+def test_a_run_on_the_pocket_ends_with_the_comparison_of_its_own_student(
+        options, tmp_path, monkeypatch):
     compared = []
-    monkeypatch.setattr(train.evaluate, "compare", lambda config, device, dtype: compared.append(config))
-    argv = ["--steps", 1, "--batch-size", 1, "--device", "cpu", "--precision", "fp32", "--no-compile", "--out"]
+    compare = lambda config, device, dtype: compared.append(config)
+    monkeypatch.setattr(train.evaluate, "compare", compare)
+    argv = ["--steps", 1, "--batch-size", 1, "--device", "cpu", "--precision", "fp32",
+            "--no-compile", "--out"]
     assert call(train.main, *argv, tmp_path / "run") == 0
     assert call(train.main, *argv, tmp_path / "run", "--no-evaluate") == 0
     (config,) = compared
-    assert config == train.evaluate.Config(unet=str(tmp_path / "run/unet_target"), out=str(tmp_path / "run"), device="cpu", precision="fp32")
+    assert config == train.evaluate.Config(
+        unet=str(tmp_path / "run/unet_target"), out=str(tmp_path / "run"),
+        device="cpu", precision="fp32")
 
 
 def compare_precisions(fit, out, monkeypatch, model_folder, **options):
-    """Runs with all that can be trained at once follow float32's, and what is frozen has bf16 weights in them."""
+    """Runs with all that can be trained at once follow float32's, and what is frozen has bf16
+    weights in them."""
     rewards = {"direct": {}, "proxy": {"latent_rm": model_folder / "latent_rm"}}
     for path, more in rewards.items():
         assert fit(out / path, steps=3, reward=f"pocket={model_folder}", **more) == 0
     of, seen = train.distillation_loss, []
-    monkeypatch.setattr(train, "distillation_loss", lambda *networks: seen.append(networks) or of(*networks))
+
+    def seen_loss(*networks):
+        seen.append(networks)
+        return of(*networks)
+
+    monkeypatch.setattr(train, "distillation_loss", seen_loss)
     for path, more in rewards.items():
-        assert fit(out / f"bf16-{path}", steps=3, precision="bf16", reward=f"pocket={model_folder}", workers=1, grad_checkpoint=True, **more, **options) == 0
+        assert fit(
+            out / f"bf16-{path}", steps=3, precision="bf16", reward=f"pocket={model_folder}",
+            workers=1, grad_checkpoint=True, **more, **options) == 0
         keys = ("lcd", "rm_score", "rm_loss") if more else ("lcd", "reward")
         for a, b in zip(log(out / path, *keys), log(out / f"bf16-{path}", *keys), strict=True):
             assert b == pytest.approx(a, rel=0.1, abs=0.01)
     model, teacher, student, target, reward, *_, latent_rm = seen[-1]
-    dtypes = [next(network.parameters()).dtype for network in (model.vae, model.text_encoder, teacher, reward, student, target, latent_rm)]
+    networks = model.vae, model.text_encoder, teacher, reward, student, target, latent_rm
+    dtypes = [next(network.parameters()).dtype for network in networks]
     assert dtypes == [torch.bfloat16] * 4 + [torch.float32] * 3
 
 
@@ -576,9 +690,10 @@ def test_bf16_follows_float32(fit, tmp_path, monkeypatch, model_folder):
 
 @pytest.mark.slow
 def test_a_compiled_run_follows_an_eager_one(fit, tmp_path, model_folder):
+    reward, keys = f"pocket={model_folder}", ("loss", "reward")
     for compile in (False, True):
-        assert fit(tmp_path / str(compile), steps=3, reward=f"pocket={model_folder}", compile=compile) == 0
-    for a, b in zip(log(tmp_path / "False", "loss", "reward"), log(tmp_path / "True", "loss", "reward"), strict=True):
+        assert fit(tmp_path / str(compile), steps=3, reward=reward, compile=compile) == 0
+    for a, b in zip(log(tmp_path / "False", *keys), log(tmp_path / "True", *keys), strict=True):
         assert b == pytest.approx(a, rel=1e-3)
 
 

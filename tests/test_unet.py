@@ -29,20 +29,27 @@ def outputs_and_gradients(net, call, latents):
 def assert_same(first, second):
     agree(first[0], second[0])
     assert first[1].keys() == second[1].keys()
-    floor = 1e-3 * max(g.abs().max().item() for g in second[1].values())  # some gradients are zero but for rounding
+    # some gradients are zero but for rounding
+    floor = 1e-3 * max(g.abs().max().item() for g in second[1].values())
     for name in second[1]:
         agree(first[1][name], second[1][name], floor=floor)
 
 
-FOUR_LEVELS = {"block_out_channels": (16, 32, 64, 64), "layers_per_block": 2, "attention_head_dim": (1, 2, 4, 4), "cross_attention_dim": 32,
-               "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3}
+FOUR_LEVELS = {
+    "block_out_channels": (16, 32, 64, 64), "layers_per_block": 2,
+    "attention_head_dim": (1, 2, 4, 4), "cross_attention_dim": 32,
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+}
 VARIANTS = {
     "2.1-base": FOUR_LEVELS,
     "2.1-768": FOUR_LEVELS | {"upcast_attention": True, "sample_size": 12},
-    "1.5": FOUR_LEVELS | {"use_linear_projection": False, "attention_head_dim": 8, "cross_attention_dim": 24},
+    "1.5": FOUR_LEVELS | {
+        "use_linear_projection": False, "attention_head_dim": 8, "cross_attention_dim": 24},
     "one layer a block": {},
-    "text at low resolution only": {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-                                    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")},
+    "text at low resolution only": {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")},
 }
 
 
@@ -53,20 +60,24 @@ def test_forward_and_backward_equal_diffusers(variant, student, size, tmp_path):
     torch.manual_seed(0)
     config = UNetConfig(**UNET | VARIANTS[variant], time_cond_proj_dim=256 if student else None)
     randomize(UNet(config)).save_pretrained(tmp_path / "unet")
-    ours, theirs = UNet.from_pretrained(tmp_path / "unet"), UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+    ours = UNet.from_pretrained(tmp_path / "unet")
+    theirs = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
     latents, t, context = inputs(*size, width=config.cross_attention_dim)
     w = guidance_embedding(torch.tensor([5.0, 14.0])) if student else None
+    reference = lambda z: theirs(z, t, context, timestep_cond=w).sample
     assert_same(outputs_and_gradients(ours, lambda z: ours(z, t, context, w), latents),
-                outputs_and_gradients(theirs, lambda z: theirs(z, t, context, timestep_cond=w).sample, latents))
+                outputs_and_gradients(theirs, reference, latents))
 
 
 def test_default_is_sd21_with_865_910_724_parameters_and_diffusers_keys():
     with torch.device("meta"):
         ours = UNet()
         theirs = UNet2DConditionModel(
-            sample_size=64, cross_attention_dim=1024, attention_head_dim=[5, 10, 20, 20], use_linear_projection=True)
+            sample_size=64, cross_attention_dim=1024, attention_head_dim=[5, 10, 20, 20],
+            use_linear_projection=True)
     assert sum(p.numel() for p in ours.parameters()) == 865_910_724
-    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+    shapes = lambda net: {k: v.shape for k, v in net.state_dict().items()}
+    assert shapes(ours) == shapes(theirs)
 
 
 @pytest.mark.slow
@@ -75,7 +86,8 @@ def test_default_is_sd21_with_865_910_724_parameters_and_diffusers_keys():
 def test_forward_equals_diffusers_at_full_size(student, tmp_path):
     """865.9 M parameters, latents of 64x64, float32: a minute or two, and 10 GB."""
     torch.manual_seed(0)
-    UNet(UNetConfig(time_cond_proj_dim=256 if student else None)).save_pretrained(tmp_path / "unet")
+    config = UNetConfig(time_cond_proj_dim=256 if student else None)
+    UNet(config).save_pretrained(tmp_path / "unet")
     ours = UNet.from_pretrained(tmp_path / "unet")
     if student:
         torch.nn.init.normal_(ours.time_embedding.cond_proj.weight, std=0.05)
@@ -89,8 +101,10 @@ def test_forward_equals_diffusers_at_full_size(student, tmp_path):
 
 
 def test_student_equals_teacher_at_step_zero(model_folder):
-    teacher, student = UNet.from_pretrained(model_folder), UNet.from_pretrained(model_folder, w_embed_dim=256)
-    assert student.config.time_cond_proj_dim == 256 and not student.time_embedding.cond_proj.weight.any()
+    teacher = UNet.from_pretrained(model_folder)
+    student = UNet.from_pretrained(model_folder, w_embed_dim=256)
+    assert student.config.time_cond_proj_dim == 256
+    assert not student.time_embedding.cond_proj.weight.any()
     latents, t, context = inputs()
     expected = teacher(latents, t, context)
     for w in (0.0, 5.0, 14.0):
@@ -103,7 +117,9 @@ def test_student_equals_teacher_at_step_zero(model_folder):
 def test_w_changes_a_trained_student(model_folder):
     student = UNet.from_pretrained(model_folder / "student")
     latents, t, context = inputs()
-    a, b = (student(latents, t, context, guidance_embedding(torch.full((2,), w))) for w in (5.0, 14.0))
+    a, b = (
+        student(latents, t, context, guidance_embedding(torch.full((2,), w)))
+        for w in (5.0, 14.0))
     assert (a - b).abs().max() > 1e-3 * a.abs().max()
 
 
@@ -112,14 +128,16 @@ def test_save_then_load_is_exact(model_folder, tmp_path):
     first.save_pretrained(tmp_path / "again")
     second = UNet.from_pretrained(tmp_path / "again")
     assert second.config == first.config
-    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+    pairs = zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
     assert [f.name for f in tmp_path.iterdir()] == ["again"]  # nothing left over
 
 
 def test_half_precision_file_loads_at_the_dtype_asked_for(model_folder, tmp_path):
     UNet.from_pretrained(model_folder).save_pretrained(tmp_path / "unet", dtype=torch.float16)
     assert {v.dtype for v in load_file(tmp_path / "unet" / WEIGHTS).values()} == {torch.float16}
-    assert {p.dtype for p in UNet.from_pretrained(tmp_path / "unet", dtype=torch.float32).parameters()} == {torch.float32}
+    unet = UNet.from_pretrained(tmp_path / "unet", dtype=torch.float32)
+    assert {p.dtype for p in unet.parameters()} == {torch.float32}
 
 
 def edit_weights(change):
@@ -141,20 +159,22 @@ def cut(name, size):
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
 
 
-KEY = "down_blocks.0.attentions.0.proj_in.weight"
+KEY, COND_PROJ = "down_blocks.0.attentions.0.proj_in.weight", "time_embedding.cond_proj.weight"
 BROKEN = {
     "missing tensor": (edit_weights(lambda s: s.pop(KEY)), [WEIGHTS, KEY]),
     "surplus tensor": (edit_weights(lambda s: s.update(extra=torch.zeros(1))), [WEIGHTS, "extra"]),
     "renamed tensor": (edit_weights(lambda s: s.update(renamed=s.pop(KEY))), [WEIGHTS, KEY]),
-    "misshapen tensor": (edit_weights(lambda s: s.update({KEY: torch.zeros(3)})), [WEIGHTS, KEY, "(3,)"]),
-    "a student's cond_proj in a teacher": (edit_weights(lambda s: s.update({"time_embedding.cond_proj.weight": torch.zeros(16, 256)})),
-                                           [WEIGHTS, "time_embedding.cond_proj.weight"]),
+    "misshapen tensor": (
+        edit_weights(lambda s: s.update({KEY: torch.zeros(3)})), [WEIGHTS, KEY, "(3,)"]),
+    "a student's cond_proj in a teacher": (
+        edit_weights(lambda s: s.update({COND_PROJ: torch.zeros(16, 256)})), [WEIGHTS, COND_PROJ]),
     "truncated weights": (cut(WEIGHTS, 10_000), [WEIGHTS]),
     "empty weights": (cut(WEIGHTS, 0), [WEIGHTS]),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), [WEIGHTS]),
     "no config": (lambda folder: (folder / "config.json").unlink(), ["config.json"]),
     "truncated config": (cut("config.json", 50), ["config.json"]),
-    "unknown config field": (edit_config(addition_embed_type="text"), ["config.json", "addition_embed_type"]),
+    "unknown config field": (
+        edit_config(addition_embed_type="text"), ["config.json", "addition_embed_type"]),
     "a value we do not build": (edit_config(act_fn="gelu"), ["config.json", "act_fn"]),
     "unknown block": (edit_config(down_block_types=["AttnDownBlock2D"] * 3), ["AttnDownBlock2D"]),
     "another width": (edit_config(cross_attention_dim=48), [WEIGHTS, "attn2.to_k"]),
@@ -168,7 +188,8 @@ def test_a_folder_that_does_not_fit_is_refused_by_name(case, model_folder, tmp_p
     spoil(folder)
     with pytest.raises(InputError) as error:
         UNet.from_pretrained(folder)
-    assert all(name in str(error.value) for name in [str(tmp_path)] * (case != "unknown block") + named)
+    named = [str(tmp_path)] * (case != "unknown block") + named
+    assert all(name in str(error.value) for name in named)
 
 
 def test_only_cond_proj_may_be_absent_from_a_student(model_folder, tmp_path):
@@ -193,5 +214,6 @@ def test_a_student_built_from_a_config_ignores_w_until_it_is_trained():
     net = UNet(UNetConfig(**UNET, time_cond_proj_dim=256))
     latents, t, context = inputs()
     with torch.no_grad():
-        first, second = (net(latents, t, context, guidance_embedding(torch.full((2,), w))) for w in (1.0, 9.0))
+        first, second = (
+            net(latents, t, context, guidance_embedding(torch.full((2,), w))) for w in (1.0, 9.0))
     assert torch.equal(first, second)

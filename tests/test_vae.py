@@ -9,7 +9,9 @@ from support.weights import WEIGHTS, InputError
 from vae import VAE, VAEConfig
 
 
-@pytest.fixture(params=[{}, {"layers_per_block": 2, "block_out_channels": (16, 32)}], ids=["tiny", "two levels"])
+@pytest.fixture(
+    params=[{}, {"layers_per_block": 2, "block_out_channels": (16, 32)}],
+    ids=["tiny", "two levels"])
 def pair(request, tmp_path):
     torch.manual_seed(0)
     randomize(VAE(VAEConfig(**TINY | request.param))).save_pretrained(tmp_path / "vae")
@@ -25,7 +27,8 @@ def gradients(net, *outputs):
 
 def assert_same_gradients(ours, theirs):
     assert ours.keys() == theirs.keys() and ours
-    floor = 1e-3 * max(g.abs().max().item() for g in theirs.values())  # some gradients are zero but for rounding
+    # some gradients are zero but for rounding
+    floor = 1e-3 * max(g.abs().max().item() for g in theirs.values())
     for name in theirs:
         agree(ours[name], theirs[name], floor=floor)
 
@@ -37,7 +40,8 @@ def test_posterior_and_its_gradients_equal_diffusers(pair):
     posterior = theirs.encode(images).latent_dist
     agree(mean, posterior.mean)
     agree(std, posterior.std)
-    assert_same_gradients(gradients(ours, mean, std), gradients(theirs, posterior.mean, posterior.std))
+    expected = gradients(theirs, posterior.mean, posterior.std)
+    assert_same_gradients(gradients(ours, mean, std), expected)
 
 
 def test_decode_and_its_gradients_equal_diffusers(pair):
@@ -53,10 +57,12 @@ def test_decode_and_its_gradients_equal_diffusers(pair):
 def test_default_is_sd21_with_83_653_863_parameters_and_diffusers_keys():
     with torch.device("meta"):
         ours = VAE()
-        theirs = AutoencoderKL(block_out_channels=[128, 256, 512, 512], layers_per_block=2, latent_channels=4,
-                               down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
+        theirs = AutoencoderKL(
+            block_out_channels=[128, 256, 512, 512], layers_per_block=2, latent_channels=4,
+            down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
     assert sum(p.numel() for p in ours.parameters()) == 83_653_863
-    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+    shapes = lambda net: {k: v.shape for k, v in net.state_dict().items()}
+    assert shapes(ours) == shapes(theirs)
     assert ours.factor == 8
 
 
@@ -65,13 +71,15 @@ def test_encode_is_a_scaled_draw_from_the_posterior(model_folder):
     vae, images = VAE.from_pretrained(model_folder), rand(2, 3, 32, 32).clamp(-1, 1)
     mean, std = vae.posterior(images)
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(4))
-    agree(vae.encode(images, torch.Generator().manual_seed(4)), (mean + std * noise) * 0.18215, 1e-6)
+    latents = vae.encode(images, torch.Generator().manual_seed(4))
+    agree(latents, (mean + std * noise) * 0.18215, 1e-6)
 
 
 @torch.no_grad()
 def test_encode_is_reproducible_from_a_generator(model_folder):
     vae, images = VAE.from_pretrained(model_folder), rand(2, 3, 32, 32).clamp(-1, 1)
-    first, again, other = (vae.encode(images, torch.Generator().manual_seed(seed)) for seed in (4, 4, 5))
+    first, again, other = (
+        vae.encode(images, torch.Generator().manual_seed(seed)) for seed in (4, 4, 5))
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 

