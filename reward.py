@@ -12,8 +12,10 @@ Gradients reach the images. What load_reward(spec) and the option --reward take:
     pocket=FOLDER           the small CLIP of pocket/reward, or one in its layout (pocket/judge)
     jpeg                    minus the kilobytes of the JPEG at quality 95: smooth images win;
                             no gradient
-    python:module.function  function(uint8 images [B,3,H,W] on the CPU, prompts) -> B numbers;
-                            no gradient
+    torch:module.function   your own: function(images [B,3,H,W] in [0,1], prompts) -> tensor [B],
+                            through which the gradient reaches the images
+    python:module.function  your own black box: function(uint8 images [B,3,H,W] on the CPU, prompts)
+                            -> B numbers; no gradient
     hpsv2.1*1.0+imagereward*0.1
                             a weighted sum
 
@@ -42,7 +44,6 @@ from torch import nn
 from support import single_file
 from support.cli import autocast, pick_device, pick_precision, require, run
 from support.reward_weights import (
-    PUBLISHED,
     find_weights,
     open_clip_weights,
     open_weights,
@@ -64,7 +65,6 @@ BERT_VOCABULARY = HERE / "support" / "bert_vocab.txt.gz"  # google-bert/bert-bas
 VIT_H, VIT_L = "ViT-H-14", "ViT-L-14-quickgelu"  # open_clip's names
 # how CLIP normalizes pictures: one number a channel
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-NAMES = (*PUBLISHED, "clip", "pocket", "jpeg", "python")
 
 
 # ----------------------------------------------------------------------------------------- pictures
@@ -297,9 +297,9 @@ class ImageReward(Reward):
         return (self.mlp(at_least_float32(tokens[:, 0])) - self.MEAN) / self.STD
 
 
-class BlackBox(Reward):
-    """A function(uint8 images [B,3,H,W] on the CPU, list of prompts) -> B numbers."""
-    differentiable = False
+class Function(Reward):
+    """A function(images [B,3,H,W] in [0,1], list of prompts) -> tensor [B], whose gradient reaches
+    the images."""
 
     def __init__(self, function):
         super().__init__()
@@ -308,6 +308,39 @@ class BlackBox(Reward):
     def encode(self, prompts):
         return list(prompts)
 
+    def call(self, images, prompts):
+        """What the function gives; InputError with the place in the user's file if it raises."""
+        try:
+            return self.function(images, prompts)
+        except Exception as error:  # whatever the user's function may raise
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            kind = "uint8 images" if images.dtype == torch.uint8 else "images"
+            raise InputError(
+                f"{self.name}: raised {type(error).__name__}: {error} "
+                f"({place.filename}, line {place.lineno}); "
+                f"it was given {kind} {tuple(images.shape)} "
+                f"and a list of {len(prompts)} prompts"
+            ) from error
+
+    def score(self, images, text):
+        scores = self.call(images, text)
+        found = tuple(getattr(scores, "shape", (type(scores).__name__,)))
+        require(isinstance(scores, torch.Tensor) and found == (len(text),),
+                f"{self.name}: gave {found}; expected a tensor [{len(text)}], one number an image")
+        asked = torch.is_grad_enabled() and images.requires_grad
+        require(scores.requires_grad or not asked,
+                f"{self.name}: its scores have no gradient to the images; use torch operations on "
+                "them all the way, or give it as python:, a black box for --latent-rm")
+        return scores
+
+    def compile(self, **options):
+        """Left as it is: not every function compiles."""
+
+
+class BlackBox(Function):
+    """A function(uint8 images [B,3,H,W] on the CPU, list of prompts) -> B numbers."""
+    differentiable = False
+
     def score(self, images, text):
         require(not (torch.is_grad_enabled() and images.requires_grad),
                 f"{self.name}: a black box, gives no gradient to the images; "
@@ -315,18 +348,9 @@ class BlackBox(Reward):
         require(images.isfinite().all(),
                 f"{self.name}: images with NaN or infinity; a reward needs numbers in [0, 1]")
         pictures = (images.detach() * 255).round().byte().cpu()
+        found = self.call(pictures, text)
         try:
-            scores = self.function(pictures, text)
-        except Exception as error:  # whatever the user's function may raise
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            raise InputError(
-                f"{self.name}: raised {type(error).__name__}: {error} "
-                f"({place.filename}, line {place.lineno}); "
-                f"it was given uint8 images {tuple(pictures.shape)} "
-                f"and a list of {len(text)} prompts"
-            ) from error
-        try:
-            scores = torch.tensor([float(score) for score in scores])
+            scores = torch.tensor([float(score) for score in found])
         except (TypeError, ValueError) as error:
             raise InputError(f"{self.name}: gave no sequence of numbers ({error}); "
                              f"expected {len(text)}, one an image") from None
@@ -446,9 +470,27 @@ def load_clip(model, file, dtype, device, tag=None, tokenize=None, how=None, hal
                       trained.get("mean", MEAN), trained.get("std", STD))
 
 
-def load_aesthetic(path, dtype, device):
+def load_hpsv2(name, option, path, dtype, device):
+    return load_clip(VIT_H, find_weights(name, path), dtype, device, how="longest")
+
+
+def load_pickscore(name, option, path, dtype, device):
+    # trained and published with transformers: its words, its crop
+    words = padded(single_file.tokenizer("sd1", load_tokenizer))
+    return load_clip(VIT_H, find_weights(name, path), dtype, device,
+                     tokenize=words, half=math.floor)
+
+
+def load_any_clip(name, option, path, dtype, device):
+    if not option:
+        option = VIT_H if path else f"{VIT_H}:laion2b_s32b_b79k"
+    model, _, tag = option.partition(":")
+    return load_clip(model, path, dtype, device, tag or None)
+
+
+def load_aesthetic(name, option, path, dtype, device):
     head_path, _, clip_path = (path or "").partition(",")
-    component = open_weights(find_weights("aesthetic", head_path))
+    component = open_weights(find_weights(name, head_path))
     clip = load_clip(VIT_L, clip_path or None, dtype, device, tag=None if clip_path else "openai")
     layers = Head.MLP
     if "weight" in component.tensors.shapes:  # LAION's linear head: one layer, saved by itself
@@ -460,67 +502,78 @@ def load_aesthetic(path, dtype, device):
     return AestheticReward(clip, head)
 
 
-def load_imagereward(path, dtype, device):
+def load_imagereward(name, option, path, dtype, device):
     with parameters_on_meta():
         reward = ImageReward(bert_tokenizer(ImageReward.LENGTH))
     # the two projections are left over from BLIP's pre-training
-    component = open_weights(find_weights("imagereward", path),
+    component = open_weights(find_weights(name, path),
                              ignored=r"^blip\.(vision|text)_proj\.|position_ids$")
     load_strictly(reward, component, dtype=at_least_float32(dtype), device=device)
     reward.blip.to(dtype=dtype)
     return reward
 
 
-def load_function(path):
-    module, _, name = path.rpartition(".")
+def load_pocket(name, option, path, dtype, device):
+    return PocketReward.from_pretrained(path or POCKET_REWARD).to(device=device, dtype=dtype)
+
+
+def load_jpeg(name, option, path, dtype, device):
+    return BlackBox(jpeg_kilobytes)
+
+
+def load_function(name, option, path, dtype, device):
+    require(option, f"names no function; expected {name}:module.function")
+    module, _, attribute = option.rpartition(".")
     try:
-        function = getattr(importlib.import_module(module), name)
+        function = getattr(importlib.import_module(module), attribute)
     except Exception as error:
         raise InputError(f"cannot be imported ({first_line(error)}); "
                          "expected module.function on Python's path") from None
     require(callable(function),
-            f"{path} is {type(function).__name__}, not callable; "
+            f"{option} is {type(function).__name__}, not callable; "
             "expected function(images, prompts) -> scores")
-    return BlackBox(function)
+    return Function(function) if name == "torch" else BlackBox(function)
+
+
+# A reward's name in a spec -> loader(name, option, path, dtype, device) -> Reward, where the spec
+# is name:option=path. A new one is a function above and a row here; where its published weights
+# lie stands in support/reward_weights.py.
+REWARDS = {
+    "hpsv2.1": load_hpsv2,
+    "hpsv2": load_hpsv2,
+    "pickscore": load_pickscore,
+    "imagereward": load_imagereward,
+    "aesthetic": load_aesthetic,
+    "clip": load_any_clip,
+    "pocket": load_pocket,
+    "jpeg": load_jpeg,
+    "torch": load_function,
+    "python": load_function,
+}
+TAKE_OPTION = {"clip", "torch", "python"}
+TAKE_NO_FILE = {"jpeg", "torch", "python"}
 
 
 def load_part(name, option, path, dtype, device):
     """One part of a sum, as parse_spec() gives it -> Reward."""
-    require(not option or name in ("clip", "python"), f":{option} means nothing to {name}")
-    if name in ("hpsv2.1", "hpsv2"):
-        return load_clip(VIT_H, find_weights(name, path), dtype, device, how="longest")
-    if name == "pickscore":  # trained and published with transformers: its words, its crop
-        words = padded(single_file.tokenizer("sd1", load_tokenizer))
-        return load_clip(VIT_H, find_weights(name, path), dtype, device,
-                         tokenize=words, half=math.floor)
-    if name == "imagereward":
-        return load_imagereward(path, dtype, device)
-    if name == "aesthetic":
-        return load_aesthetic(path, dtype, device)
-    if name == "clip":
-        if not option:
-            option = VIT_H if path else f"{VIT_H}:laion2b_s32b_b79k"
-        model, _, tag = option.partition(":")
-        return load_clip(model, path, dtype, device, tag or None)
-    if name == "pocket":
-        return PocketReward.from_pretrained(path or POCKET_REWARD).to(device=device, dtype=dtype)
-    require(not path, f"={path} means nothing to {name}")
-    return BlackBox(jpeg_kilobytes) if name == "jpeg" else load_function(option)
+    require(not option or name in TAKE_OPTION, f":{option} means nothing to {name}")
+    require(not path or name not in TAKE_NO_FILE, f"={path} means nothing to {name}")
+    return REWARDS[name](name, option, path, dtype, device)
 
 
 def parse_spec(spec):
     """A spec such as "hpsv2.1=FILE*1.0+jpeg" -> [(name, option, path, factor), ...].
 
     A + divides only where a known name follows, because file names have it too."""
-    names = "|".join(map(re.escape, NAMES))
+    names = "|".join(map(re.escape, REWARDS))
     parts = []
     for part in re.split(rf"\+(?=(?:{names})(?:[:=*+]|$))", spec):
         text, _, factor = part.rpartition("*") if "*" in part else (part, "", "1")
         fields = re.fullmatch(r"([^:=]*)(?::([^=]*))?(?:=(.*))?", text, re.DOTALL)
         name, option, path = fields.groups()
-        require(name in NAMES,
+        require(name in REWARDS,
                 f"reward {spec}: {name or 'nothing'} is not a reward; "
-                f"expected none, or {', '.join(NAMES)}, "
+                f"expected none, or {', '.join(REWARDS)}, "
                 "or a sum of them such as hpsv2.1*1.0+imagereward*0.1")
         try:
             factor = float(factor)

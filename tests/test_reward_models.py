@@ -522,6 +522,55 @@ def test_any_function_can_be_the_reward():
     assert not load_reward(f"jpeg+python:{__name__}.brightness*3").differentiable
 
 
+def saturation(images, prompts):
+    """Differentiable: the spread of the three colours of a pixel."""
+    return images.std(dim=1).mean(dim=(1, 2))
+
+
+def test_ones_own_differentiable_function_can_be_the_reward_alone_and_in_sums():
+    own, images = f"torch:{__name__}.saturation", pictures().requires_grad_()
+    reward = load_reward(own)
+    assert reward.differentiable
+    reward(images, PROMPTS).sum().backward()
+    expected, = torch.autograd.grad(saturation(images, PROMPTS).sum(), images)
+    assert expected.any() and torch.equal(images.grad, expected)
+
+    both = load_reward(f"pocket+{own}*3")
+    assert both.differentiable and both.weights == {"pocket": 1.0, own: 3.0}
+    parts = both.parts(images, PROMPTS)
+    agree(parts[own], saturation(images, PROMPTS))
+    agree(both(images, PROMPTS), parts["pocket"] + 3 * parts[own])
+    both.compile()  # leaves it as it is
+    agree(both.parts(images, PROMPTS)[own], parts[own])
+
+
+def a_number(images, prompts):
+    return images.mean()
+
+
+def without_gradient(images, prompts):
+    return images.detach().mean(dim=(1, 2, 3))
+
+
+def test_a_function_that_is_to_be_differentiated_must_give_scores_with_a_gradient():
+    with pytest.raises(InputError, match=r"a_number: gave \(\); expected a tensor \[3\]"):
+        load_reward(f"torch:{__name__}.a_number")(pictures(), PROMPTS)
+    with pytest.raises(InputError, match=r"no_scores: gave \('NoneType',\)"):
+        load_reward(f"torch:{__name__}.no_scores")(pictures(), PROMPTS)
+    reward = load_reward(f"torch:{__name__}.without_gradient")
+    with pytest.raises(InputError, match="no gradient to the images.*python:"):
+        reward(pictures().requires_grad_(), PROMPTS)
+    assert reward(pictures(), PROMPTS).shape == (3,)  # to score is possible
+    line = raises.__code__.co_firstlineno + 1
+    with pytest.raises(InputError, match=rf"raised KeyError: .*line {line}\); it was given images"):
+        load_reward(f"torch:{__name__}.raises")(pictures(), PROMPTS)
+
+
+def test_the_head_of_the_file_which_is_its_help_names_every_reward():
+    for name in rewards.REWARDS:
+        assert name in rewards.__doc__, name
+
+
 def test_a_black_box_refuses_to_be_differentiated(files):
     for name in ("jpeg", f"{spec('hpsv2.1', files)}+jpeg*0.1"):
         reward = load_reward(name)
@@ -666,7 +715,11 @@ BAD_SPECS = {
     "python:no.such.module": "cannot be imported",
     "python:math.nothing": "cannot be imported",
     "python:math.pi": "float, not callable",
-    "python:": "cannot be imported",
+    "python:": "names no function; expected python:module.function",
+    "python": "names no function; expected python:module.function",
+    "torch": "names no function; expected torch:module.function",
+    "torch:math.nothing": "cannot be imported",
+    "torch:math.pi=file": "=file means nothing to torch",
 }
 
 
