@@ -3,7 +3,7 @@
     python evaluate.py                                        # the shipped student
     python evaluate.py --unet runs/pocket/unet_target         # yours
 
-The reward is what training maximises. The judge is a second CLIP that no training has seen: its
+The reward is what training maximised. The judge is a second CLIP that no training has seen: its
 number is the one to believe.
 """
 import json
@@ -16,74 +16,76 @@ from tqdm import tqdm
 
 from data import Shards
 from lcm_solver import lcm_timesteps
-from pipeline import Pipeline, grid, save_png
+from pipeline import Pipeline, labelled_grid, save_png
 from reward import load_reward
-from support.cli import (
-    POCKET,
-    at_least,
-    make_folder,
-    option,
-    parse,
-    pick_device,
-    pick_precision,
-    require,
-    run,
-)
-from support.weights import write_whole
+from support import cli
+from support.cli import POCKET, at_least, option, parse, require, run
+from support.weights import InputError, read_json, write_whole
 from unet import UNet
 
-RESULTS = POCKET / "results.json"  # what build.py recorded: real pictures and plain LCM
+RESULTS = POCKET / "results.json"  # what build.py recorded: real pictures, teacher and plain LCM
+JUDGE = POCKET / "judge"
 
 
 @dataclass
 class Config:
-    unet: str = option(str(POCKET / "student"), "the student")
+    unet: str = option(str(POCKET / "student"), "the student", group="what to compare")
+    steps: int = option(2, "steps of the student")
+    n: int = option(4, "pictures per prompt of the student, whose scores are averaged")
     model: str = option(str(POCKET), "model folder with the teacher")
+    teacher_steps: int = option(50, "DDIM steps of the teacher; 0: leave the teacher out")
+    teacher_n: int = option(
+        0, "pictures per prompt of the teacher, which is slow (4 for a fair comparison, since one "
+           "is half luck); 0: its scores are those recorded in pocket/results.json, with four")
+    guidance: float = option(3.0, "w of teacher and student: cond + w (cond - uncond)")
+    real: bool = option(False, "also score the real pictures and their VAE round trip")
+
+    reward: str = option("pocket", "what training maximised (reward.py)", group="by what")
     data: str = option(
         str(POCKET / "data" / "heldout-*.tar"), "shards with the prompts and real pictures")
-    guidance: float = option(3.0, "w of teacher and student: cond + w (cond - uncond)")
-    steps: int = option(2, "steps of the student")
-    teacher_steps: int = option(50, "DDIM steps of the teacher; 0: leave the teacher out")
-    real: bool = option(False, "also score the real pictures and their VAE round trip")
     limit: int = option(256, "number of prompts")
-    n: int = option(4, "pictures per prompt of the student, whose scores are averaged")
-    teacher_n: int = option(
-        1, "the same of the teacher, which is slow; 4 for a comparison with it, "
-        "since one picture is half luck")
-    batch: int = option(64, "pictures at a time")
+    show: str = option(
+        "0,1,2,3,4,5,6,7,8,9", "numbers of the prompts whose pictures grid.png shows")
+
+    batch: int = option(64, "pictures at a time", group="the machine")
     device: str = option("auto", "auto, cpu or cuda")
     precision: str = option("auto", "arithmetic of the networks", choices=("auto", "bf16", "fp32"))
     out: str = option("runs/evaluation", "folder for results.json and grid.png")
 
 
 class Scorer:
-    """Scores pictures for one fixed list of prompts by the reward and by the judge."""
+    """Scores pictures for one fixed list of N prompts by the reward and by the judge."""
 
-    def __init__(self, prompts, device):
-        self.prompts = prompts
-        self.models = {
-            "reward": load_reward("pocket", device),
-            "judge": load_reward(f"pocket={POCKET / 'judge'}", device)}  # last: see __call__
+    def __init__(self, prompts, reward, device):
+        self.prompts, self.device = prompts, device
+        self.reward = load_reward(reward, device)
+        self.judge = load_reward(f"pocket={JUDGE}", device)
 
     @torch.no_grad()
     def __call__(self, name, images, calls=None, seconds=None):
         """images [n*N,3,H,W] in [0,1], n rounds of one per prompt; calls: network calls a picture;
         seconds: that all pictures took. -> a row of the table, where "scores" holds for each of the
         N prompts the judge's mean over n, and KEY_se is the standard error of KEY."""
+        n, batches = len(images) // len(self.prompts), range(0, len(images), 64)
+        prompts = self.prompts * n
+        parts = [images[i:i + 64].to(self.device) for i in batches]
+        rewards = [self.reward(part, prompts[i:i + 64]) for i, part in zip(batches, parts)]
+        text = self.judge.text_features(self.prompts)  # [N, D]
+        image = torch.cat([self.judge.image_features(part) for part in parts])
+        image = image.unflatten(0, (n, -1))  # [n*N, D] -> [n, N, D]
+        by_prompt = {
+            "reward": torch.cat(rewards).unflatten(0, (n, -1)).mean(dim=0),  # [N]
+            "judge": (image * text).sum(dim=2).mean(dim=0),
+        }
         row = {"name": name, "calls": calls, "seconds_per_image": seconds and seconds / len(images)}
-        for key, model in self.models.items():
-            device = model.clip.logit_scale.device
-            parts = [model.image_features(part.to(device)) for part in images.split(64)]
-            text = model.text_features(self.prompts)  # [N, D]
-            image = torch.cat(parts).unflatten(0, (-1, len(text)))  # [n*N, D] -> [n, N, D]
-            scores = (image * text).sum(dim=2).mean(dim=0)  # [N]
+        for key, scores in by_prompt.items():
             row[key] = scores.mean().item()
             row[key + "_se"] = (scores.std() / len(scores) ** 0.5).item()
-        # of the last model, the judge: is the picture nearest to its own prompt among all?
+        # is the picture nearest to its own prompt among all, as the judge sees it?
         nearest = (image @ text.T).argmax(dim=2)  # [n, N]
         own = torch.arange(len(text), device=text.device)
         row["top1"] = (nearest == own).float().mean().item()
-        return row | {"scores": scores.cpu().tolist()}
+        return row | {"scores": by_prompt["judge"].cpu().tolist()}
 
 
 def draw_all(model, unet, prompts, steps, w, solver, batch, n=1):
@@ -99,14 +101,16 @@ def draw_all(model, unet, prompts, steps, w, solver, batch, n=1):
     return torch.cat(images), time.perf_counter() - start
 
 
-def table(rows):
-    """Rows of Scorer -> a Markdown table; mean ± standard error."""
-    lines = ["| | network calls | s / image | reward | judge | top-1 |",
+def table(rows, reward):
+    """Rows of Scorer -> a Markdown table; mean ± standard error. A recorded row has no score by
+    another reward than the pocket's."""
+    heading = "reward" if reward == "pocket" else f"reward {reward}"
+    lines = [f"| | network calls | s / image | {heading} | judge | top-1 |",
              "| --- | --- | --- | --- | --- | --- |"]
     for row in rows:
         seconds = "" if row["seconds_per_image"] is None else f"{row['seconds_per_image']:.3f}"
-        lines.append(f"| {row['name']} | {row['calls'] or ''} | {seconds} "
-                     f"| {row['reward']:.3f} ± {row['reward_se']:.3f} "
+        score = "" if row["reward"] is None else f"{row['reward']:.3f} ± {row['reward_se']:.3f}"
+        lines.append(f"| {row['name']} | {row['calls'] or ''} | {seconds} | {score} "
                      f"| {row['judge']:.3f} ± {row['judge_se']:.3f} | {row['top1']:.1%} |")
     return "\n".join(lines)
 
@@ -117,29 +121,61 @@ def difference(row, other):
     return d.mean().item(), (d.std() / len(d) ** 0.5).item()
 
 
+def recorded(args, prompts):
+    """What of pocket/results.json may stand beside this comparison. -> {"teacher": row, "plain":
+    row}, each only if it was made with the same options."""
+    if not RESULTS.is_file() or len(prompts) != Config.limit:
+        return {}
+    same = lambda *names: all(getattr(args, name) == getattr(Config, name) for name in names)
+    record, found = read_json(RESULTS), {}
+    if same("model", "data", "guidance", "teacher_steps"):
+        for row in record.get("shipped", []):
+            if row["name"].startswith("teacher, "):
+                found["teacher"] = row | {"name": f"{row['name']} (recorded)"}
+    if same("model", "data", "guidance", "steps", "n") and "plain" in record:
+        name = ("plain LCM, 2-step (recorded; "
+                "`python train.py --reward none --out runs/plain` remakes it)")
+        found["plain"] = record["plain"] | {"name": name}
+    if args.reward != Config.reward:
+        found = {key: row | {"reward": None} for key, row in found.items()}
+    return found
+
+
+def read_prompts(args, resolution):
+    """-> real pictures [N,3,H,W] in [0,1], their N prompts, the numbers of those that are shown."""
+    shards = Shards(args.data, resolution)
+    require(not shards.encoded, f"{args.data}: the comparison needs pictures, not latents")
+    count = min(args.limit, len(shards))
+    pictures, prompts = zip(*(shards[i] for i in range(count)))
+    try:
+        shown = [int(number) for number in args.show.split(",")]
+    except ValueError:
+        raise InputError(
+            f"--show {args.show}: expected numbers of prompts, such as 0,3,17") from None
+    if args.show == Config.show:
+        shown = [i for i in shown if i < count]
+    require(all(0 <= i < count for i in shown),
+            f"--show {args.show}: expected numbers from 0 to {count - 1}")
+    return torch.stack(pictures) / 2 + 0.5, list(prompts), shown
+
+
 @torch.no_grad()
 def compare(args, device, dtype):
     """Draw, score, print the table and write results.json and grid.png. -> rows"""
     at_least(2, args, "limit")
-    at_least(1, args, "n", "teacher_n", "batch")
+    at_least(1, args, "n", "batch")
+    at_least(0, args, "teacher_n")
     require(0 <= args.teacher_steps < 1000,
             f"--teacher-steps {args.teacher_steps}: expected 0 to 999")
-    out = make_folder(args.out)
+    out = cli.make_folder(args.out)
     model = Pipeline.from_pretrained(args.model, device, dtype)
     student = UNet.from_pretrained(args.unet, dtype=dtype, device=device)
     model.check(student, args.unet, student=True)
     # called for its error: a wrong number of steps is refused before any work
     lcm_timesteps(model.schedule, args.steps, student.config.lcm_grid or 50)
-    shards = Shards(args.data, student.config.sample_size * model.vae.factor)
-    require(not shards.encoded, f"{args.data}: the comparison needs pictures, not latents")
-    real, prompts = [], []
-    for i in range(min(args.limit, len(shards))):
-        picture, prompt = shards[i]
-        real.append(picture)
-        prompts.append(prompt)
-    real = torch.stack(real) / 2 + 0.5  # [N, 3, H, W], from [-1, 1] to [0, 1]
-    score = Scorer(prompts, device)
-    rows, pictures = [], [real]
+    real, prompts, shown = read_prompts(args, student.config.sample_size * model.vae.factor)
+    score, record = Scorer(prompts, args.reward, device), recorded(args, prompts)
+    rows, pictures = [], {"real": real[shown]}
 
     if args.real:
         rows.append(score("real pictures", real))
@@ -147,43 +183,49 @@ def compare(args, device, dtype):
     if args.teacher_steps:
         teacher = UNet.from_pretrained(args.model, dtype=dtype, device=device)
         model.check(teacher, args.model, student=False)
-        images, seconds = draw_all(
-            model, teacher, prompts, args.teacher_steps, args.guidance, "ddim",
-            args.batch, args.teacher_n)
-        calls = 2 * args.teacher_steps  # conditional and unconditional
-        rows.append(score(f"teacher, {args.teacher_steps}-step DDIM", images, calls, seconds))
-        pictures.append(images)
-    recorded = json.loads(RESULTS.read_text()).get("plain") if RESULTS.is_file() else None
-    plain = Config()  # the record was made with the defaults
-    same = all(getattr(args, name) == getattr(plain, name)
-               for name in ("model", "data", "guidance", "steps", "n"))
-    if recorded and same and len(prompts) == len(recorded["scores"]):
-        name = ("plain LCM, 2-step (recorded; "
-                "`python train.py --reward none --out runs/plain` remakes it)")
-        rows.append(recorded | {"name": name})
+        steps, w = args.teacher_steps, args.guidance
+        name = f"teacher\n{steps} steps"
+        if "teacher" in record and not args.teacher_n:  # only what is shown has to be drawn
+            rows.append(record["teacher"])
+            pictures[name] = model.draw(
+                teacher, [prompts[i] for i in shown], shown, steps, w, "ddim").cpu()
+        else:
+            images, seconds = draw_all(
+                model, teacher, prompts, steps, w, "ddim", args.batch, max(1, args.teacher_n))
+            calls = 2 * steps  # conditional and unconditional
+            rows.append(score(f"teacher, {steps}-step DDIM", images, calls, seconds))
+            pictures[name] = images[shown]
+    if "plain" in record:
+        rows.append(record["plain"])
     images, seconds = draw_all(
         model, student, prompts, args.steps, args.guidance, "lcm", args.batch, args.n)
     name = f"{Path(args.unet).parent.name}/{Path(args.unet).name}"
     rows.append(score(f"student, {args.steps}-step ({name})", images, args.steps, seconds))
-    pictures.append(images)
+    pictures[f"student\n{args.steps} steps"] = images[shown]
+    report(args, rows, pictures, [prompts[i] for i in shown], out)
+    return rows
 
-    print(table(rows))
+
+def report(args, rows, pictures, captions, out):
+    """Print the table and the differences, write results.json and grid.png. pictures: {name of the
+    row of the grid: [C,3,H,W]}, for C captions."""
+    print(table(rows, args.reward))
     for other in rows[:-1]:
         mean, se = difference(rows[-1], other)
         print(f"judge, student minus {other['name'].split(' (')[0]}: {mean:+.4f} ± {se:.4f}")
-    columns = min(12, len(prompts))
-    sheet = grid(torch.cat([p[:columns] for p in pictures]), columns)
-    save_png(sheet, out / "grid.png",
-             prompts=" | ".join(prompts[:columns]), rows="real, teacher, student")
+    if args.reward.startswith("pocket=") and Path(args.reward[7:]).resolve() == JUDGE:
+        print("the judge is the reward that was maximised here: its scores say nothing")
+    titles = [caption.split(",")[0] for caption in captions]
+    sheet = labelled_grid(torch.cat(list(pictures.values())), list(pictures), titles, scale=2)
+    save_png(sheet, out / "grid.png", prompts=" | ".join(captions))
     write_whole(out / "results.json", json.dumps(rows, indent=1))
-    print(f"{out / 'grid.png'}: rows are real pictures, teacher, student\n{out / 'results.json'}")
-    return rows
+    print(f"{out / 'grid.png'}\n{out / 'results.json'}")
 
 
 def main():
     args = parse(Config(), __doc__)
-    device = pick_device(args.device)
-    compare(args, device, pick_precision(args.precision, device))
+    device = cli.pick_device(args.device)
+    compare(args, device, cli.pick_precision(args.precision, device))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """A prompt becomes a picture: `Pipeline`, the frozen parts around a UNet, and pictures as PIL
 images and PNG files."""
 import math
+import textwrap
 from dataclasses import dataclass
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from lcm_solver import NoiseSchedule, ScheduleConfig, draw_noise, sample_ddim, sample_lcm
@@ -106,6 +107,30 @@ def grid(images, columns):
     sheet = Image.new("RGB", (columns * w, math.ceil(n / columns) * h), "white")
     for i, image in enumerate(images):
         sheet.paste(to_pil(image), (i % columns * w, i // columns * h))
+    return sheet
+
+
+def labelled_grid(images, row_names, captions, scale=1):
+    """[R*C,3,H,W] in [0,1], row by row -> one PIL image with R names at the left of the rows and C
+    captions above the columns. scale: each pixel becomes scale x scale of them."""
+    columns = len(captions)
+    n, _, h, w = images.shape
+    pictures = grid(images, columns).resize(
+        (columns * w * scale, n // columns * h * scale), Image.Resampling.NEAREST)
+    w, h, size = w * scale, h * scale, 13
+    font = ImageFont.load_default(size)
+    above = [textwrap.fill(caption, max(8, w // 7)) for caption in captions]
+    top = (size + 4) * max(text.count("\n") + 1 for text in above) + 8
+    left = 12 + max(int(font.getlength(line)) for name in row_names for line in name.split("\n"))
+    sheet = Image.new("RGB", (left + pictures.width, top + pictures.height), "white")
+    sheet.paste(pictures, (left, top))
+    draw = ImageDraw.Draw(sheet)
+    for i, text in enumerate(above):
+        draw.multiline_text((left + (i + 0.5) * w, top - 6), text, "black", font, anchor="md",
+                            align="center")
+    for i, name in enumerate(row_names):
+        draw.multiline_text((left - 8, top + (i + 0.5) * h), name, "black", font, anchor="rm",
+                            align="right")
     return sheet
 
 

@@ -20,21 +20,22 @@ def test_pocket_holds_out_256_pictures_whose_captions_are_not_in_training():
 def test_judge_and_reward_prefer_the_right_picture_and_share_no_weights():
     shards = Shards(ROOT / "pocket/data/heldout-000.tar", 64)
     images, prompts = zip(*(shards[i] for i in range(32)))
-    score = Scorer(list(prompts), torch.device("cpu"))
+    score = Scorer(list(prompts), "pocket", torch.device("cpu"))
     right, wrong = (score("", torch.stack(x) / 2 + 0.5) for x in (images, images[::-1]))
     for key in ("reward", "judge"):
         assert right[key] > wrong[key] + 0.2
     assert right["top1"] > 0.6 and wrong["top1"] < 0.2
     weights = [
         {p.sum().item() for p in model.parameters() if p.ndim > 1}
-        for model in score.models.values()]
+        for model in (score.reward, score.judge)]
     assert not weights[0] & weights[1]
 
 
 def test_several_pictures_of_a_prompt_are_averaged():
     shards = Shards(ROOT / "pocket/data/heldout-000.tar", 64)
     images, prompts = zip(*(shards[i] for i in range(8)))
-    score, images = Scorer(list(prompts), torch.device("cpu")), torch.stack(images) / 2 + 0.5
+    score = Scorer(list(prompts), "pocket", torch.device("cpu"))
+    images = torch.stack(images) / 2 + 0.5
     right, wrong = score("", images), score("", images.flip(0))
     both = score("", torch.cat([images, images.flip(0)]))
     for key in ("reward", "judge", "top1"):
@@ -71,6 +72,65 @@ def test_teacher_and_student_each_draw_as_many_pictures_a_prompt_as_asked(tmp_pa
                 "--device", "cpu")
     assert code == 0
     assert drawn == [("ddim", 2), ("lcm", 3)]
+
+
+def rows_of(out, capsys, *argv):
+    """A comparison without the slow teacher -> its rows, the words on the screen."""
+    fixed = ["--n", 1, "--teacher-steps", 0, "--device", "cpu", "--precision", "fp32"]
+    assert call(evaluate.main, *fixed, "--out", out, *argv) == 0
+    return json.loads((out / "results.json").read_text()), capsys.readouterr().out
+
+
+def test_the_reward_that_is_asked_for_is_in_the_table_and_a_judge_as_reward_is_told(
+        tmp_path, capsys):
+    judge = f"pocket={ROOT / 'pocket/judge'}"
+    ((row,), said) = rows_of(tmp_path, capsys, "--limit", 8, "--reward", judge)
+    assert row["reward"] == pytest.approx(row["judge"], abs=1e-5)
+    assert f"reward {judge}" in said and "its scores say nothing" in said
+    ((row,), said) = rows_of(tmp_path, capsys, "--limit", 8, "--reward", "jpeg")
+    assert row["reward"] < 0 < row["judge"] and "say nothing" not in said
+
+
+def test_recorded_rows_stand_only_beside_what_was_made_the_same_way():
+    prompts = ["x"] * 256
+    rows = lambda prompts=prompts, **changes: evaluate.recorded(evaluate.Config(**changes), prompts)
+    both = rows()
+    assert set(both) == {"teacher", "plain"}
+    for row in both.values():
+        assert "(recorded" in row["name"] and len(row["scores"]) == 256 and row["reward"] > 0
+    assert set(rows(guidance=2.0)) == set(rows(prompts[:10])) == set()
+    assert set(rows(teacher_steps=20)) == {"plain"} and set(rows(n=1)) == {"teacher"}
+    other = rows(reward="jpeg")  # by which the recorded pictures were not scored
+    assert [row["reward"] for row in other.values()] == [None, None]
+    assert evaluate.table([other["plain"]], "jpeg").splitlines()[-1].count("|") == 7
+
+
+def test_the_teachers_row_comes_from_the_record_unless_it_is_asked_to_draw(
+        tmp_path, monkeypatch):
+    def draw_all(model, unet, prompts, steps, w, solver, *more):
+        drawn.append(solver)
+        return torch.rand(len(prompts), 3, 64, 64), 1.0
+
+    def draw(self, unet, prompts, *more):
+        shown.extend(prompts)
+        return torch.rand(len(prompts), 3, 64, 64)
+
+    monkeypatch.setattr(evaluate, "draw_all", draw_all)
+    monkeypatch.setattr(evaluate.Pipeline, "draw", draw)
+    for teacher_n, expected in ((0, ["lcm"]), (1, ["ddim", "lcm"])):
+        drawn, shown = [], []
+        code = call(evaluate.main, "--n", 1, "--teacher-n", teacher_n, "--show", "3,250", "--out",
+                    tmp_path, "--device", "cpu")
+        names = [row["name"] for row in json.loads((tmp_path / "results.json").read_text())]
+        assert code == 0 and drawn == expected and len(shown) == (0 if teacher_n else 2)
+        assert ("teacher, 50-step DDIM (recorded)" in names) == (teacher_n == 0)
+
+
+@pytest.mark.parametrize("numbers", ["1,x", "", "0,8", "-1"])
+def test_prompts_to_show_that_are_not_there_are_refused(numbers, tmp_path, capsys):
+    code = call(evaluate.main, "--limit", 8, f"--show={numbers}", "--out", tmp_path,
+                "--device", "cpu")
+    assert code == 2 and "--show" in capsys.readouterr().err
 
 
 def test_a_teacher_is_refused_as_student(capsys, tmp_path):
