@@ -123,7 +123,7 @@ def reward_work(model, reward, latent_rm, z, prompts, settings):
     def latent():
         text = latent_rm.text_features(prompts)
         score = train.latent_reward(model, latent_rm, prediction, text)
-        candidates = {"prediction": z, "target": z, "real": z}
+        candidates = {"prediction": z, "ema": z, "real": z}
         fitted, _ = train.proxy_loss(
             model, latent_rm, reward, candidates, prompts, text, settings)
         return score + fitted
@@ -185,7 +185,7 @@ def work(args, model, unet, trained):
             latent_rm.compile()
         calls |= reward_work(model, reward, latent_rm, z, prompts, settings)
     if {"training_step", "optimizer"} & set(args.rows):
-        draws = z, z.flip(0), torch.full((args.batch,), 5, device=device), w / 10
+        draws = z, z.flip(0), w / 10, w / 30
         calls |= training_work(args, model, unet, *trained(), images, prompts, draws)
     return calls
 

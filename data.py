@@ -182,15 +182,18 @@ def positions(step, rows, rank=0, world=1):
     return range(first, first + rows)
 
 
-def random_draws(seed, places, shape, grid_points, device):
-    """Everything random about the samples at `places` of the stream: posterior noise, diffusion
-    noise [B,*shape], grid index i [B] and u in [0,1) [B] for w. One generator per sample, so
-    nothing depends on batch, rank or number of processes."""
+def random_draws(seed, places, shape, device):
+    """Everything random about the samples at `places` of the stream, as plain variates.
+
+    -> posterior_noise and noise [B,*shape], unit normal; u_w and u_s [B], uniform in [0,1): for
+    the guidance weight and for the timestep. What law they follow is the method's affair
+    (train.distillation_loss). One generator per sample, so nothing depends on batch, rank or
+    number of processes."""
     rows = []
     for place in places:
         g = torch.Generator().manual_seed(mix(mix(seed, 1), place))
         rows.append((torch.randn(shape, generator=g), torch.randn(shape, generator=g),
-                     torch.randint(grid_points, (), generator=g), torch.rand((), generator=g)))
+                     torch.rand((), generator=g), torch.rand((), generator=g)))
     return [torch.stack(column).to(device, non_blocking=True) for column in zip(*rows)]
 
 

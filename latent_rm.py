@@ -244,17 +244,33 @@ SIZES = {
 }
 
 
+# What stands here takes the place of the defaults below. sd21: lr, batch and the 32 epochs of CC12M
+# are published (these steps make them with 8 processes); warm-up and decay are the defaults of the
+# published trainer. The resolutions and SD1.5 share it.
+PRESETS = {
+    "pocket": {},
+    "sd21": {"size": "sd21", "data": None, "model": None, "out": "runs/latent_rm21",
+             "resolution": 512, "batch_size": 480, "steps": 90_000, "lr": 5e-4, "warmup": 10_000,
+             "weight_decay": 0.2, "workers": 8},
+}
+PRESETS["sd21-768"] = PRESETS["sd21"] | {"resolution": 768, "out": "runs/latent_rm21-768"}
+PRESETS["sd15"] = PRESETS["sd21"] | {"out": "runs/latent_rm15"}
+
+
 @dataclass
 class Config(runs.RunConfig):
+    preset: str = option(
+        "pocket", "values of all options that are not given (PRESETS in this file)",
+        choices=tuple(PRESETS), group=runs.TRAINING)
     size: str = option("pocket", "of the towers (SIZES in this file)", choices=tuple(SIZES))
     text_tower: str | None = option(
         None, "file of a CLIP whose text tower to begin with, "
               "such as HPS_v2.1_compressed.pt for sd21")
     train_text: bool = option(True, "train the text tower too")
-    model: str = option(
+    model: str | None = option(
         str(POCKET), "model folder, single file or hub id: its VAE encodes pictures, "
                      "and the pocket's LRM takes its tokenizer/ (sd21: CLIP's own)")
-    data: str = option(
+    data: str | None = option(
         str(POCKET / "data" / "train-*.tar"),
         "shards of pictures or of posteriors (data.py): a tar, a folder, or a glob")
     heldout: str | None = option(
@@ -264,13 +280,13 @@ class Config(runs.RunConfig):
     resolution: int = option(64, "side of the training pictures in pixels")
     batch_size: int = option(64, "pairs per process; the loss compares those of all processes")
     steps: int = option(500, "optimizer steps")
-    lr: float = option(1e-3, "peak learning rate (published: 5e-4)")
+    lr: float = option(1e-3, "peak learning rate")
     warmup: int = option(50, "steps of warm-up")
     weight_decay: float = option(0.1, "of AdamW, on matrices")
     grad_checkpoint: bool = option(
         False, "recompute the text tower's activations in the backward pass: "
-               "less memory, more time")
-    log_every: int = option(20, "steps between lines of log.jsonl")
+               "less memory, more time", group=runs.MACHINE)
+    log_every: int = option(20, "steps between lines of log.jsonl", group=runs.LOOKING)
     heldout_every: int = option(100, "steps between retrievals on the held-out pairs")
 
 
@@ -313,6 +329,7 @@ def retrieval(latent_rm, latents, captions):
 
 
 def check(args):
+    runs.check_preset(args, "data", "model")
     if args.heldout is None:
         require(args.data == Config.data,
                 f"--data {args.data} without --heldout: "
@@ -321,7 +338,7 @@ def check(args):
     at_least(1, args, "batch_size", "steps", "resolution", "warmup", "checkpoint_every",
              "log_every", "heldout_every", "keep")
     at_least(0, args, "workers", "weight_decay")
-    positive(args, "lr")
+    positive(args, "lr", "max_grad_norm")
     require(0 <= args.seed < 2**63, f"--seed {args.seed}: expected 0 to 2^63 - 1")
     require(args.train_text or args.text_tower is not None,
             "--no-train-text keeps the text tower as it is, "
@@ -404,7 +421,7 @@ def optimizer_step(
         loss = clip_loss(image, text, latent_rm.logit_scale)
         loss.backward()
     runs.average_over_processes([p.grad for p in weights], world)
-    norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
+    norm = torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
     for group in optimizer.param_groups:
         group["lr"] = args.lr * runs.rate_factor(step, args)
     optimizer.step()
@@ -414,7 +431,7 @@ def optimizer_step(
 
 
 def main():
-    args = parse(Config(), __doc__)
+    args = parse(Config(), __doc__, presets=PRESETS)
     check(args)
     rank, world, device, dtype = runs.setup_processes(args)
     main_process, out = rank == 0, Path(args.out)
@@ -446,30 +463,27 @@ def main():
         millions = sum(p.numel() for p in weights) / 1e6
         print(f"{millions:.1f} M parameters, {len(shards)} pairs, "
               f"{world} x {args.batch_size} a step, {device}, {str(dtype)[6:]}"
-              + (f"; resumes at step {start}" if start else ""))
+              + (f"; resumes at step {start}" if 0 < start < args.steps else ""))
     stream = data.batches(
         shards, args.seed, start, args.steps, args.batch_size, rank, world, args.workers)
     log = runs.Log(out, start, args.steps, world * args.batch_size, rank)
 
     for step, (tensors, captions) in zip(range(start, args.steps), stream):
         places = data.positions(step, args.batch_size, rank, world)
-        noise = data.random_draws(args.seed, places, shape, 1, device)[0]
+        noise = data.random_draws(args.seed, places, shape, device)[0]
         mean, std = posterior(tensors, vae, device)
         loss, norm = optimizer_step(latent_rm, weights, optimizer, mean + std * noise, captions,
                                     step, args, rank, world, dtype)
 
+        log.add({"loss": loss.detach(), "grad_norm": norm})
+
         done = step + 1
         last, saves = done == args.steps, done % args.checkpoint_every == 0
         look = last or done % args.heldout_every == 0
-        log.progress.update()
         if look or saves or done % args.log_every == 0:
-            line = {
-                "step": done,
-                "loss": loss.item(),
-                "grad_norm": norm.item(),
-                "logit_scale": latent_rm.logit_scale.exp().item(),
-                "lr": optimizer.param_groups[0]["lr"],
-            }
+            line = {"step": done} | {k: v.item() for k, v in log.means(world).items()}
+            line |= {"logit_scale": latent_rm.logit_scale.exp().item(),
+                     "lr": optimizer.param_groups[0]["lr"]}
             if look and main_process:
                 with log.pause(), cli.autocast(device, dtype):
                     line["retrieval"] = retrieval(latent_rm, heldout_latents, heldout_captions)
@@ -478,7 +492,7 @@ def main():
             with log.pause():
                 runs.save_checkpoint(out, done, {"latent_rm": latent_rm}, optimizer, args.keep)
 
-    log.progress.close()
+    log.close()
     if main_process:
         latent_rm.save_pretrained(out / "latent_rm")
         with cli.autocast(device, dtype):

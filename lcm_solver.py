@@ -163,9 +163,10 @@ def consistency_function(unet, schedule, z, t, context, w):
     return c_skip * z.float() + c_out * schedule.to_x0(output, z, t)
 
 
-def huber(prediction, goal, c=0.001):
-    """Pseudo-Huber: the mean over all numbers of sqrt((prediction - goal)^2 + c^2) - c."""
-    return (torch.sqrt((prediction.float() - goal.float()) ** 2 + c**2) - c).mean()
+def huber(prediction, goal, c=0.001, dim=None):
+    """Pseudo-Huber: the mean over all numbers, or over those of the dimensions `dim`, of
+    sqrt((prediction - goal)^2 + c^2) - c."""
+    return (torch.sqrt((prediction.float() - goal.float()) ** 2 + c**2) - c).mean(dim)
 
 
 def lcm_timesteps(schedule, steps, grid=50):

@@ -3,10 +3,8 @@
     python train.py                                    # the pocket, on a laptop, in minutes
     python train.py --reward none --out runs/plain     # the same without reward: plain LCD
 
-    torchrun --nproc_per_node=8 train.py --teacher MODEL --data 'cc12m/*.tar' --out runs/sd21 \\
-        --resolution 512 --batch-size 16 --steps 10000 --lr 1e-6 --lr-schedule constant \\
-        --w-min 5 --w-max 15 --ddim-steps 50 --reward hpsv2.1 --reward-scale 1 --reward-batch 4 \\
-        --grad-checkpoint --workers 8
+    # Stable Diffusion 2.1, the published recipe
+    torchrun --nproc_per_node=8 train.py --preset sd21 --teacher MODEL --data 'cc12m/*.tar'
 
     # the reward through a latent proxy (latent_rm.py)
     python train.py --latent-rm runs/latent_rm --rm-lr 1e-4 --rm-image-layers 4 \\
@@ -33,35 +31,55 @@ from support import cli, runs
 from support.cli import POCKET, at_least, option, parse, positive, require, run
 from unet import UNet
 
-try:  # the extra `tensorboard`: curves beside log.jsonl
-    from torch.utils.tensorboard import SummaryWriter
-except ImportError:
-    SummaryWriter = None
-
 W_DIM = 256  # width of the guidance embedding
+
+# What stands here takes the place of the defaults below. sd21 and sd21-768: the published recipe
+# (grad_checkpoint and workers are not part of it); for SD1.5 none was published.
+PRESETS = {
+    "pocket": {},
+    "sd21": {"teacher": None, "data": None, "out": "runs/sd21", "resolution": 512, "steps": 10_000,
+             "lr": 1e-6, "lr_schedule": "constant", "warmup": 1, "ddim_steps": 50, "w_min": 5.0,
+             "w_max": 15.0, "reward": "hpsv2.1", "reward_scale": 1.0, "grad_checkpoint": True,
+             "workers": 8},
+}
+PRESETS["sd21-768"] = PRESETS["sd21"] | {"out": "runs/sd21-768", "resolution": 768}
+PRESETS["sd15"] = PRESETS["sd21"] | {"out": "runs/sd15"}
 
 
 @dataclass
 class Config(runs.RunConfig):
-    teacher: str = option(str(POCKET), "model folder of the teacher")
-    data: str = option(str(POCKET / "data" / "train-*.tar"), "shards: a tar, a folder, or a glob")
+    preset: str = option(
+        "pocket", "values of all options that are not given (PRESETS in this file)",
+        choices=tuple(PRESETS), group=runs.TRAINING)
+    teacher: str | None = option(str(POCKET), "model folder of the teacher")
+    data: str | None = option(
+        str(POCKET / "data" / "train-*.tar"), "shards: a tar, a folder, or a glob")
     out: str = option("runs/pocket", "run folder; a run found there is resumed")
     resolution: int = option(64, "side of the training pictures in pixels")
     batch_size: int = option(16, "pictures per process in one pass")
     grad_accum: int = option(1, "passes per optimizer step")
     steps: int = option(300, "optimizer steps")
-    lr: float = option(1e-4, "learning rate (published SD2.1 recipe: 1e-6, constant)")
+    lr: float = option(1e-4, "peak learning rate")
     warmup: int = option(20, "steps of warm-up")
+    ema: float = option(0.95, "decay of the target network")
+
+    ddim_steps: int = option(
+        10, "N, points of the solver's grid; the skip is 1000 / N", group="the method")
+    solver_substeps: int = option(1, "teacher steps between two grid points")
+    w_min: float = option(1.0, "smallest guidance weight: cond + w (cond - uncond)")
+    w_max: float = option(5.0, "largest guidance weight")
+
     reward: str = option(
-        "pocket", "reward model or weighted sum of them (reward.py), or none for plain LCD")
+        "pocket", "reward model or weighted sum of them (reward.py), or none for plain LCD",
+        group="the reward")
     reward_scale: float = option(0.5, "beta: weight of the reward in the loss")
     reward_batch: int = option(
         16, "rows of a pass that are rewarded (and decoded, without --latent-rm)")
+
     latent_rm: str | None = option(
         None, "latent proxy reward model (LRM) to reward through; "
-              "--reward is the expert that it follows")
-    rm_lr: float = option(
-        3.3e-6, "learning rate of the LRM (as published; the pocket needs 1e-4)")
+              "--reward is the expert that it follows", group="the latent proxy")
+    rm_lr: float = option(3.3e-6, "learning rate of the LRM (as published; the pocket needs 1e-4)")
     rm_batch: int = option(
         8, "rows of a pass that the expert compares for the LRM, "
            "three decoded pictures each: what that path costs")
@@ -74,16 +92,14 @@ class Config(runs.RunConfig):
         0.05, "temperature of the expert's scores, in their unit: "
               "what counts as a clear difference")
     rm_tau_lrm: float = option(0.05, "temperature of the LRM's scores, which are cosines")
-    ddim_steps: int = option(
-        10, "N, points of the solver's grid; the skip is 1000 / N (published: 50)")
-    solver_substeps: int = option(1, "teacher steps between two grid points")
-    w_min: float = option(1.0, "smallest guidance weight (published: 5)")
-    w_max: float = option(5.0, "largest guidance weight (published: 15)")
-    ema: float = option(0.95, "decay of the target network")
+
     grad_checkpoint: bool = option(
         False, "recompute the student's, the decoder's and the reward's activations "
-               "in the backward pass: less memory, 1.3x time")
-    log_every: int = option(10, "steps between lines of log.jsonl")
+               "in the backward pass: less memory, 1.3x time", group=runs.MACHINE)
+    log_every: int = option(10, "steps between lines of log.jsonl", group=runs.LOOKING)
+    norms_every: int = option(
+        100, "steps between measurements of the gradient of the distillation and of the reward "
+             "apart, each of which costs half a step; 0: never")
     sample_every: int = option(200, "steps between sample grids")
     evaluate: bool = option(True, "end a run on the pocket with the comparison table")
 
@@ -103,13 +119,13 @@ def distillation_loss(
         captions    B strings
         draws       all that is random (data.random_draws):
                         posterior_noise, noise    [B,4,h,w], unit normal
-                        index                     [B], places 0..N-1 in the solver's grid
-                        u                         [B], uniform in [0,1), for the guidance weight
+                        u_w, u_s                  [B], uniform in [0,1), for w and for s
 
     -> loss (with a latent_rm: the sum of the student's and the LRM's, which share no gradient),
-       {name: detached scalar}
+       {name: detached scalar}, and among them "lcd_at" [2, N]: at each point of the solver's grid
+       the sum of L_LCD and the number of samples
     """
-    tensors, captions, (posterior_noise, noise, index, u) = batch
+    tensors, captions, (posterior_noise, noise, u_w, u_s) = batch
     schedule = solver.schedule
     with torch.no_grad():
         # z = VAE(x), drawn from its posterior; c = text(prompt), and the empty prompt for guidance
@@ -117,9 +133,12 @@ def distillation_loss(
         z = (mean + std * posterior_noise) * model.vae.config.scaling_factor  # [B, 4, h, w]
         context, uncond_context = model.text_encoder([*captions, ""]).split([len(captions), 1])
 
-        # w ~ U[w_min, w_max];  s = t_{n+k} on the grid;  z_s = sqrt(ab_s) z + sqrt(1 - ab_s) noise
-        w = args.w_min + (args.w_max - args.w_min) * u
+        # w ~ U[w_min, w_max];  s = t_{n+k}, uniform over the grid
+        w = args.w_min + (args.w_max - args.w_min) * u_w
+        index = (u_s * len(solver.timesteps)).long()
         s = solver.timesteps[index]
+
+        # z_s = sqrt(ab_s) z + sqrt(1 - ab_s) noise
         z_s = schedule.add_noise(z, noise, s)
 
         # s = t_{n+k} -> t = t_n: the teacher walks its ODE one grid step down (LCM, eq. 13)
@@ -130,7 +149,9 @@ def distillation_loss(
         goal = consistency_function(target, schedule, z_t, t, context, w)
 
     prediction = consistency_function(student, schedule, z_s, s, context, w)  # f(z_s, w, c, s)
-    lcd = huber(prediction, goal)  # L_LCD, the consistency of two neighbours on one trajectory
+    # L_LCD of each sample, the consistency of two neighbours on one trajectory
+    distance = huber(prediction, goal, dim=(1, 2, 3))  # [B]
+    lcd = distance.mean()
 
     # Rewards and comparisons cost decodes, so only the first rows of a pass get them.
     rewarded, compared = slice(args.reward_batch), slice(args.rm_batch)
@@ -140,7 +161,7 @@ def distillation_loss(
         score = latent_reward(model, latent_rm, prediction[rewarded], text[rewarded])
         candidates = {
             "prediction": prediction.detach()[compared],
-            "target": goal[compared],
+            "ema": goal[compared],
             "real": z[compared],
         }
         rm_loss, stats = proxy_loss(
@@ -151,7 +172,10 @@ def distillation_loss(
             model, reward, prediction[rewarded], captions[rewarded], args)
 
     loss = lcd - args.reward_scale * score  # L = L_LCD - beta R (eq. 8)
-    return loss + rm_loss, {"lcd": lcd.detach()} | stats | {"loss": loss.detach()}
+    each = torch.stack([distance.detach(), torch.ones_like(distance)])  # [2, B]
+    at = torch.zeros(2, len(solver.timesteps), device=each.device).index_add(1, index, each)
+    stats = {"lcd": lcd.detach()} | stats | {"loss": loss.detach(), "lcd_at": at}
+    return loss + rm_loss, stats
 
 
 def direct_reward(model, reward, latents, captions, args):
@@ -284,50 +308,68 @@ def new_optimizer(networks, args, newest, device):
 
 # --------------------------------------------------------------------------------------- the loop
 
+def loss_of(networks, solver, batch, args, reward=True):
+    """distillation_loss by the networks of a run, in its arithmetic."""
+    rewarders = (networks.reward, networks.latent_rm) if reward else (None, None)
+    with cli.autocast(networks.model.device, networks.model.dtype):
+        return distillation_loss(
+            networks.model, networks.teacher, networks.student, networks.target, rewarders[0],
+            solver, batch, args, rewarders[1])
+
+
 def optimizer_step(networks, optimizer, solver, step, tensors, captions, draws, args, world):
     """One optimizer step: the passes over its rows, their mean gradient, AdamW, the EMA.
-    -> {name: scalar tensor} of what is logged"""
-    model, student, target = networks.model, networks.student, networks.target
+    -> {name: tensor} of what is logged"""
+    weights, rm_weights = (group["params"] for group in optimizer.param_groups)
+    device = networks.model.device
     optimizer.zero_grad(set_to_none=True)
+    # every so often the gradient of L_LCD alone, too: what is left of the whole is the reward's
+    apart = networks.reward and args.norms_every and (step + 1) % args.norms_every == 0
+    plain = [torch.zeros_like(p) for p in weights] if apart else []
     totals = {}
     for first in range(0, len(captions), args.batch_size):
         rows = slice(first, first + args.batch_size)
-        images = tensors[rows].to(model.device, non_blocking=True)
+        images = tensors[rows].to(device, non_blocking=True)
         batch = images, captions[rows], [draw[rows] for draw in draws]
-        with cli.fast_attention(model.device):
-            with cli.autocast(model.device, model.dtype):
-                loss, stats = distillation_loss(
-                    model, networks.teacher, student, target, networks.reward, solver, batch, args,
-                    networks.latent_rm)
+        with cli.fast_attention(device):
+            loss, stats = loss_of(networks, solver, batch, args)
             (loss / args.grad_accum).backward()
+            if apart:
+                loss, _ = loss_of(networks, solver, batch, args, reward=False)
+                gradient = torch.autograd.grad(loss / args.grad_accum, weights)
+                torch._foreach_add_(plain, gradient)
         for key, value in stats.items():
             totals[key] = totals.get(key, 0) + value / args.grad_accum
 
-    weights, rm_weights = (group["params"] for group in optimizer.param_groups)
-    runs.average_over_processes([p.grad for p in weights + rm_weights], world)
-    # The consistency loss alone has norms of 1.6 to 12 on the pocket: without this limit single
-    # steps move the student as far as dozens of others.
-    totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(weights, 1.0)
+    runs.average_over_processes([p.grad for p in weights + rm_weights] + plain, world)
+    if apart:
+        rest = torch._foreach_sub([p.grad for p in weights], plain)
+        totals["grad_norm/lcd"] = torch.nn.utils.get_total_norm(plain)
+        totals["grad_norm/reward"] = torch.nn.utils.get_total_norm(rest)
+    # L_LCD alone has gradients of norm 1.6 to 12 on the pocket: without this limit single steps
+    # move the student as far as dozens of others.
+    totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
     if rm_weights:
-        totals["rm_grad_norm"] = torch.nn.utils.clip_grad_norm_(rm_weights, 1.0)
+        totals["rm_grad_norm"] = torch.nn.utils.clip_grad_norm_(rm_weights, args.max_grad_norm)
     for group, lr in zip(optimizer.param_groups, (args.lr, args.rm_lr)):
         group["lr"] = lr * runs.rate_factor(step, args)
     optimizer.step()
 
     # target <- mu * target + (1 - mu) * student
-    torch._foreach_lerp_(
-        list(target.parameters()), [p.detach() for p in weights], 1 - args.ema)
+    target_weights = list(networks.target.parameters())
+    torch._foreach_lerp_(target_weights, [p.detach() for p in weights], 1 - args.ema)
     return totals
 
 
 def check(args):
+    runs.check_preset(args, "teacher", "data")
     at_least(1, args, "batch_size", "grad_accum", "steps", "warmup", "reward_batch", "rm_batch",
              "solver_substeps", "resolution", "checkpoint_every", "log_every", "sample_every",
              "keep")
-    at_least(0, args, "workers", "rm_image_layers", "rm_text_layers")
+    at_least(0, args, "workers", "norms_every", "rm_image_layers", "rm_text_layers")
     require(args.ddim_steps >= 2,
             f"--ddim-steps {args.ddim_steps}: expected 2 or more, the student's steps")
-    positive(args, "lr", "rm_lr", "rm_tau", "rm_tau_lrm")
+    positive(args, "lr", "max_grad_norm", "rm_lr", "rm_tau", "rm_tau_lrm")
     require(0 <= args.ema < 1, f"--ema {args.ema}: expected 0 <= decay < 1")
     require(args.w_min <= args.w_max, f"--w-min {args.w_min} is more than --w-max {args.w_max}")
     idle = [f"--{name.replace('_', '-')}" for name, value in vars(args).items()
@@ -354,6 +396,16 @@ def check_latents(args, shards, latent_rm, shape):
                 f"pre-train one for them (latent_rm.py)")
 
 
+def means_by_name(means, solver):
+    """What log.jsonl shows of the means of all steps since the last line: numbers, and under
+    "lcd_at" L_LCD by timestep."""
+    sums, counts = means.pop("lcd_at").tolist()
+    line = {name: value.item() for name, value in means.items()}
+    points = zip(solver.timesteps.tolist(), sums, counts)
+    line["lcd_at"] = {str(t): total / count for t, total, count in points if count > 0}
+    return line
+
+
 def save_samples(networks, prompts, done, args):
     """Pictures of the target network, samples/step-NNNNNN.png. The same seeds each time."""
     w = (args.w_min + args.w_max) / 2
@@ -371,12 +423,13 @@ def finish(networks, args, device, dtype):
     if args.evaluate and Path(args.teacher).resolve() == POCKET:
         comparison = evaluate.Config(
             unet=str(out / "unet_target"), out=str(out), guidance=(args.w_min + args.w_max) / 2,
+            reward="pocket" if args.reward == "none" else args.reward,
             device=str(device), precision=args.precision)
         evaluate.compare(comparison, device, dtype)
 
 
 def main():
-    args = parse(Config(), __doc__)
+    args = parse(Config(), __doc__, presets=PRESETS)
     check(args)
     rank, world, device, dtype = runs.setup_processes(args)
     main_process, out = rank == 0, Path(args.out)
@@ -395,34 +448,26 @@ def main():
     rows = args.batch_size * args.grad_accum
     stream = data.batches(shards, args.seed, start, args.steps, rows, rank, world, args.workers)
     prompts = [shards.caption(i) for i in range(min(8, len(shards)))]
-    board = None
     if main_process:
         cli.make_folder(out / "samples")
         millions = sum(p.numel() for p in networks.student.parameters()) / 1e6
         print(f"{millions:.1f} M parameters, {len(shards)} pictures, {world} x {rows} a step, "
               f"reward {args.reward}, {device}, {str(dtype)[6:]}"
-              + (f"; resumes at step {start}" if start else ""))
-        if SummaryWriter:
-            board = SummaryWriter(out / "tensorboard", purge_step=start + 1)
+              + (f"; resumes at step {start}" if 0 < start < args.steps else ""))
     log = runs.Log(out, start, args.steps, world * rows, rank)
 
     for step, (tensors, captions) in zip(range(start, args.steps), stream):
         places = data.positions(step, rows, rank, world)  # of these rows in the stream of samples
-        draws = data.random_draws(args.seed, places, shape, len(solver.timesteps), device)
-        totals = optimizer_step(
-            networks, optimizer, solver, step, tensors, captions, draws, args, world)
+        draws = data.random_draws(args.seed, places, shape, device)
+        log.add(optimizer_step(
+            networks, optimizer, solver, step, tensors, captions, draws, args, world))
 
         done = step + 1
         last, saves = done == args.steps, done % args.checkpoint_every == 0
-        log.progress.update()
         if done % args.log_every == 0 or saves or last:
-            norms = {key: totals.pop(key) for key in list(totals) if key.endswith("grad_norm")}
-            runs.average_over_processes(list(totals.values()), world)
-            line = {"step": done} | {key: value.item() for key, value in (totals | norms).items()}
+            line = {"step": done} | means_by_name(log.means(world), solver)
             line["lr"] = optimizer.param_groups[0]["lr"]
-            line = log(line, ("lcd", "reward"), "lower --lr or --reward-scale")
-            for key, value in line.items() if board else ():
-                board.add_scalar(key, value, done)
+            log(line, ("lcd", "reward"), "lower --lr or --reward-scale")
         if main_process and (done % args.sample_every == 0 or last):
             with log.pause():
                 save_samples(networks, prompts, done, args)
@@ -430,9 +475,7 @@ def main():
             with log.pause():
                 runs.save_checkpoint(out, done, networks.trained(), optimizer, args.keep)
 
-    log.progress.close()
-    if board:
-        board.close()
+    log.close()
     if main_process:
         finish(networks, args, device, dtype)
     if world > 1:

@@ -20,31 +20,55 @@ from support.weights import InputError
 POCKET = Path(__file__).resolve().parent.parent / "pocket"
 
 
-def parse(defaults, doc, argv=None):
+def parse(defaults, doc, argv=None, presets=None):
     """A dataclass instance -> the same with the command line's values.
 
-    Each field's help stands in its metadata, and `choices` too; bools become --name/--no-name;
-    "list" in the metadata makes an option repeatable."""
+    Each field's help stands in its metadata (option()), and there too: `choices`; `list`, which
+    makes an option repeatable; `group`, the heading in --help under which this field and those
+    after it stand. bools become --name/--no-name.
+
+    presets: {name: {field: value}}. The one that --preset names takes the place of the defaults;
+    an option given beside it wins. --help shows where the preset "sd21", the published recipe,
+    differs."""
+    published = presets["sd21"] if presets else {}
+    if presets:
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first.add_argument("--preset", choices=tuple(presets), default=defaults.preset)
+        chosen = first.parse_known_args(argv)[0].preset
+        defaults = dataclasses.replace(defaults, preset=chosen, **presets[chosen])
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     own = type(defaults).__annotations__  # shown before those of a base class
+    groups = {None: parser}
+    section = parser
     for field in sorted(dataclasses.fields(defaults), key=lambda field: field.name not in own):
-        name, value = "--" + field.name.replace("_", "-"), getattr(defaults, field.name)
-        meta, kind = field.metadata, field.type
-        if not isinstance(kind, type):  # such as str | None
-            kind = next(t for t in typing.get_args(kind) if t is not types.NoneType)
-        text = f"{meta['help']} (default: {value})"
-        if kind is bool:
-            parser.add_argument(
-                name, action=argparse.BooleanOptionalAction, default=value, help=text)
-        elif meta.get("list"):
-            parser.add_argument(name, action="append", default=None, help=text)
-        else:
-            parser.add_argument(
-                name, type=kind, default=value, choices=meta.get("choices"), help=text,
-                metavar=None if meta.get("choices") else name[2:].upper())
+        title = field.metadata.get("group")
+        if title is not None:
+            section = groups.get(title) or parser.add_argument_group(title)
+            groups[title] = section
+        add_option(section, field, getattr(defaults, field.name), published.get(field.name))
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     return dataclasses.replace(defaults, **given)
+
+
+def add_option(section, field, value, published):
+    """One field of a dataclass as an option of an argparse parser or group."""
+    name, meta, kind = "--" + field.name.replace("_", "-"), field.metadata, field.type
+    if not isinstance(kind, type):  # such as str | None
+        kind = next(t for t in typing.get_args(kind) if t is not types.NoneType)
+    shown = f"default: {value}"
+    if published not in (None, value):
+        shown += f"; published: {published}"
+    text = f"{meta['help']} ({shown})".replace("%", "%%")
+    if kind is bool:
+        section.add_argument(
+            name, action=argparse.BooleanOptionalAction, default=value, help=text)
+    elif meta.get("list"):
+        section.add_argument(name, action="append", default=None, help=text)
+    else:
+        section.add_argument(
+            name, type=kind, default=value, choices=meta.get("choices"), help=text,
+            metavar=None if meta.get("choices") else name[2:].upper())
 
 
 def option(default, help, **more):

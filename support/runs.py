@@ -5,10 +5,12 @@ and, in the end, the networks.
 """
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
 import shutil
+import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,24 +23,35 @@ from support import cli
 from support.cli import make_folder, option, require
 from support.weights import read_json, whole_folder, write_whole
 
+try:  # the extra `tensorboard`: curves beside log.jsonl
+    from torch.utils.tensorboard import SummaryWriter
+except ImportError:
+    SummaryWriter = None
+
+# headings of --help
+TRAINING, MACHINE, LOOKING = "what to train", "the machine", "looking and saving"
+ROOT = Path(__file__).resolve().parent.parent
+
 
 @dataclass
 class RunConfig:
-    lr_schedule: str = option("cosine", "after the warm-up", choices=("constant", "cosine"))
+    lr_schedule: str = option(
+        "cosine", "after the warm-up", choices=("constant", "cosine"), group=TRAINING)
+    max_grad_norm: float = option(1.0, "a longer gradient is shortened to this norm")
     seed: int = option(0, "seed of everything random")
+    device: str = option("auto", "auto, cpu or cuda", group=MACHINE)
     precision: str = option(
         "auto", "arithmetic of the networks; weights stay float32",
         choices=("auto", "bf16", "fp32"))
     compile: bool = option(torch.cuda.is_available(), "torch.compile the networks")
-    checkpoint_every: int = option(200, "steps between checkpoints")
-    keep: int = option(2, "checkpoints kept")
     workers: int = option(0, "data loading processes")
-    device: str = option("auto", "auto, cpu or cuda")
+    checkpoint_every: int = option(200, "steps between checkpoints", group=LOOKING)
+    keep: int = option(2, "checkpoints kept")
 
 
 # What may be given otherwise when a run is resumed
-MAY_CHANGE = {"out", "checkpoint_every", "log_every", "sample_every", "keep", "workers", "device",
-              "compile", "evaluate", "heldout_every"}
+MAY_CHANGE = {"preset", "out", "checkpoint_every", "log_every", "norms_every", "sample_every",
+              "keep", "workers", "device", "compile", "evaluate", "heldout_every", "code"}
 
 
 # ---------------------------------------------------------------------------- one process of many
@@ -82,6 +95,9 @@ def average_over_processes(tensors, world):
 
 def open_run(args, rank, world):
     """Make the run folder, or check that the run found there was started with the same options.
+
+    config.json keeps the options, the number of processes, and under "code" what the run was made
+    with: one entry for each state of the sources, with the step from which on it trained.
     -> newest checkpoint or None, its step"""
     out, settings = Path(args.out), dataclasses.asdict(args) | {"processes": world}
     if rank == 0:
@@ -89,7 +105,7 @@ def open_run(args, rank, world):
     if checkpoints(out):
         # under a cosine the number of steps shapes every rate; a constant rate may go on longer
         longer = {"steps"} if args.lr_schedule == "constant" else set()
-        same_options(out, settings, MAY_CHANGE | longer)
+        same_options(out, settings, MAY_CHANGE | longer, defaults=type(args)())
     newest = checkpoints(out)[-1] if checkpoints(out) else None
     if world > 1:
         seen = [None] * world
@@ -97,22 +113,79 @@ def open_run(args, rank, world):
         require(len(set(seen)) == 1,
                 f"--out {out}: the processes see different checkpoints there ({seen}); "
                 f"all machines need the same folder")
+    start = step_of(newest) if newest else 0
     if rank == 0:
         # left over from a save or a removal that a kill cut short
         for left in (out / "checkpoints").glob(".step-*"):
             shutil.rmtree(left, ignore_errors=True)
+        settings["code"] = code_of_run(out, start, args.steps)
         write_whole(out / "config.json", json.dumps(settings, indent=2) + "\n")
-    return newest, step_of(newest) if newest else 0
+        announce(args, start)
+    return newest, start
 
 
-def same_options(folder, settings, may_change=()):
+def check_preset(args, *names):
+    """The options that a preset leaves open must be given."""
+    for name in names:
+        require(getattr(args, name) is not None,
+                f"--preset {args.preset} needs --{name.replace('_', '-')}; see --help")
+
+
+def announce(args, start):
+    """Say what a reader of the output would otherwise wonder about."""
+    if start >= args.steps:
+        longer = "more --steps, " if args.lr_schedule == "constant" else ""
+        print(f"{args.out}: finished already at step {start}, nothing was trained; "
+              f"to train, give {longer}another --out or remove the folder")
+    elif 2 * args.warmup > args.steps:
+        peak = max(rate_factor(step, args) for step in range(args.steps))
+        print(f"note: --warmup {args.warmup} is more than half of {args.steps} steps; "
+              f"the learning rate peaks at {peak:.0%} of --lr")
+
+
+def code_of_run(out, start, steps):
+    """What the run was made with so far, and the present sources if they train it now; says so
+    if these are others. -> [{"from_step", "commit", "sources"}, ...]"""
+    file, found = out / "config.json", []
+    if start > 0 and file.is_file():
+        found = read_json(file).get("code", [])
+    now = {"from_step": start} | state_of_code()
+    if found and found[-1]["sources"] != now["sources"]:
+        print(f"{out}: the code has changed since step {found[-1]['from_step']} "
+              f"(commit {found[-1]['commit']}, now {now['commit']})")
+    trains = start < steps
+    if trains and (not found or found[-1]["sources"] != now["sources"]):
+        found = [*found, now]
+    return found
+
+
+def state_of_code():
+    """The commit, with "-dirty" if files differ from it, and a hash of the sources as they are."""
+    sources = hashlib.sha256()
+    for file in sorted([*ROOT.glob("*.py"), *ROOT.glob("support/*.py")]):
+        sources.update(file.name.encode() + file.read_bytes())
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        commit = done.stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):  # no git, or no repository
+        commit = None
+    return {"commit": commit, "sources": sources.hexdigest()[:16]}
+
+
+def same_options(folder, settings, may_change=(), defaults=None):
     """Refuse a folder whose config.json, if it has one, says that it was made otherwise.
 
-    settings: {name: value} of now; may_change: names of those that need not agree."""
+    settings: {name: value} of now; may_change: names of those that need not agree; defaults: an
+    object with the value of an option that the file, written before there was such an option,
+    does not name."""
     file = Path(folder) / "config.json"
     before = read_json(file) if file.is_file() else settings
-    changed = [f"{name} {before.get(name)} (now {value})" for name, value in settings.items()
-               if name not in may_change and before.get(name) != value]
+    changed = []
+    for name, value in settings.items():
+        was = before.get(name, getattr(defaults, name, None))
+        if name not in may_change and was != value:
+            changed.append(f"{name} {was} (now {value})")
     require(not changed,
             f"--out {folder} was made with other options: {', '.join(changed[:4])}; "
             f"give the same to go on there, or another --out")
@@ -142,8 +215,9 @@ def save_checkpoint(out, step, networks, optimizer, keep):
 
 
 class Log:
-    """log.jsonl, one JSON object a line, and the progress bar. Every process calls it, the first
-    one writes. rows: samples that a step takes, those of all processes."""
+    """log.jsonl, one JSON object a line, the same in TensorBoard, and the progress bar. Every
+    process calls it, the first one writes. rows: samples that a step takes, those of all
+    processes."""
 
     def __init__(self, out, start, steps, rows, rank):
         self.file, self.rows, self.writes = out / "log.jsonl", rows, rank == 0
@@ -154,6 +228,24 @@ class Log:
             write_whole(self.file, "".join(kept))
         self.progress = tqdm(total=steps, initial=start, disable=rank != 0, unit="step")
         self.clock, self.step = time.perf_counter(), start
+        self.sums, self.counts = {}, {}
+        self.board = None
+        if self.writes and SummaryWriter:
+            self.board = SummaryWriter(out / "tensorboard", purge_step=start + 1)
+
+    def add(self, stats):
+        """{name: tensor} of one step. They stay on the device: to read one is to wait for it."""
+        for name, value in stats.items():
+            self.sums[name] = self.sums.get(name, 0) + value
+            self.counts[name] = self.counts.get(name, 0) + 1
+        self.progress.update()
+
+    def means(self, world):
+        """-> {name: mean of what was added since the last call}, over all processes, on the CPU."""
+        means = {name: total / self.counts[name] for name, total in self.sums.items()}
+        average_over_processes(list(means.values()), world)
+        self.sums, self.counts = {}, {}
+        return {name: mean.cpu() for name, mean in means.items()}
 
     @contextlib.contextmanager
     def pause(self):
@@ -163,11 +255,12 @@ class Log:
         self.clock += time.perf_counter() - began
 
     def __call__(self, line, shown, remedy):
-        """line: {"step": its number, name: number}; the keys in `shown` go to the progress bar.
-        -> the line with the speed since the last one. Raises InputError, with the remedy, if a
-        number is not finite."""
-        require(all(abs(value) < float("inf") for value in line.values()),
-                f"step {line['step']}: loss or gradient is not finite ({line}); the last "
+        """line: {"step": its number, name: number, or numbers by name}; the keys in `shown` go to
+        the progress bar. -> the line with the speed since the last one. Raises InputError, with
+        the remedy, if a number is not finite."""
+        numbers = {name: value for name, value in line.items() if not isinstance(value, dict)}
+        require(all(abs(value) < float("inf") for value in numbers.values()),
+                f"step {line['step']}: loss or gradient is not finite ({numbers}); the last "
                 f"checkpoint in {self.file.parent}/checkpoints is sound: {remedy}, "
                 f"with another --out")
         seconds = (time.perf_counter() - self.clock) / (line["step"] - self.step)
@@ -177,8 +270,27 @@ class Log:
         if self.writes:
             with open(self.file, "a") as file:
                 file.write(json.dumps(line) + "\n")
+        if self.board:
+            for name, value in flat(line).items():
+                self.board.add_scalar(name, value, line["step"])
         self.progress.set_postfix({key: f"{line[key]:.3f}" for key in shown if key in line})
         return line
+
+    def close(self):
+        self.progress.close()
+        if self.board:
+            self.board.close()
+
+
+def flat(line):
+    """{"a": 1, "b": {"c": 2}} -> {"a": 1, "b/c": 2}"""
+    found = {}
+    for name, value in line.items():
+        if isinstance(value, dict):
+            found |= {f"{name}/{key}": part for key, part in value.items()}
+        else:
+            found[name] = value
+    return found
 
 
 def rate_factor(step, args):

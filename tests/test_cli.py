@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import pytest
@@ -36,3 +37,48 @@ def test_a_precision_that_is_asked_for_is_taken_without_a_look_at_the_hardware(o
     on_a_cpu(False, 0, 0)
     assert cli.pick_precision("bf16", CPU) == torch.bfloat16
     assert cli.pick_precision("fp32", CPU) == torch.float32
+
+
+@dataclasses.dataclass
+class Base:
+    seed: int = cli.option(0, "seed", group="what")
+    device: str = cli.option("auto", "where it runs", group="machine")
+
+
+@dataclasses.dataclass
+class Options(Base):
+    preset: str = cli.option("small", "a preset", choices=("small", "sd21"), group="what")
+    size: int = cli.option(1, "how large, in % of all")
+    fast: bool = cli.option(False, "be quick", group="machine")
+    words: list[str] = cli.option((), "words", list=True)
+
+
+PRESETS = {"small": {}, "sd21": {"size": 9, "fast": True}}
+
+
+def parse(*argv):
+    return cli.parse(Options(), "doc", list(argv), PRESETS)
+
+
+def test_a_preset_takes_the_place_of_the_defaults_and_options_win():
+    assert parse() == Options()
+    assert parse("--preset", "sd21") == Options(preset="sd21", size=9, fast=True)
+    assert parse("--size", "2", "--preset=sd21", "--no-fast") == Options(preset="sd21", size=2)
+
+
+def test_help_stands_in_groups_with_defaults_and_where_they_differ_published_values(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = capsys.readouterr().out
+    what, machine = text.split("what:")[1].split("machine:")
+    assert "--size" in what and "--seed" in what and "--device" not in what
+    assert "--device" in machine and "--fast" in machine and "--words" in machine
+    words = " ".join(text.split())
+    assert "how large, in % of all (default: 1; published: 9)" in words
+    assert "where it runs (default: auto)" in words
+
+
+def test_an_unknown_preset_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        parse("--preset", "sd3")
+    assert "sd3" in capsys.readouterr().err

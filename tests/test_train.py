@@ -120,7 +120,7 @@ def scene(request, model_folder, shard):
     target = network(model_folder, 3, w_embed_dim=256).requires_grad_(False)
     images, captions = zip(*(Shards(shard, 32)[i] for i in range(4)))
     draws = (rand(4, 4, 8, 8, seed=4), rand(4, 4, 8, 8, seed=5),
-             torch.tensor([0, 7, 30, 49]), torch.tensor([0.0, 0.3, 0.6, 0.9]))
+             torch.tensor([0.0, 0.3, 0.6, 0.9]), torch.tensor([0.0, 0.15, 0.61, 0.999]))
     # w is small because sin(1000 w) in float32 is worth fewer digits the larger w is
     args = train.Config(ddim_steps=50, w_min=0.2, w_max=0.6, reward_scale=0.7, reward_batch=3)
     return dict(
@@ -131,7 +131,7 @@ def scene(request, model_folder, shard):
 
 def plain_loss(model, teacher, student, target, reward, solver, batch, args):
     """Algorithm 1 again, row by row and straight from section 3 of the design."""
-    images, captions, (noise_1, noise_2, index, u) = batch
+    images, captions, (noise_1, noise_2, u, u_s) = batch
     kind = model.schedule.config.prediction_type
     ab = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2).tolist()
 
@@ -158,7 +158,7 @@ def plain_loss(model, teacher, student, target, reward, solver, batch, args):
             z = (mean + std * noise_1[row]) * 0.18215
             c, empty = model.text_encoder([captions[row]]), model.text_encoder([""])
             w = 0.2 + 0.4 * u[row]
-            s = (index[row].item() + 1) * 20 - 1
+            s = (int(u_s[row].item() * 50) + 1) * 20 - 1
             t = max(s - 20, 0)
             z_s = ab[s] ** 0.5 * z + (1 - ab[s]) ** 0.5 * noise_2[row]
             conditional = teacher(z_s, torch.tensor([s]), c)
@@ -257,7 +257,7 @@ def test_reward_through_the_proxy_equals_the_paper_written_out(kind, proxied, mo
     monkeypatch.setattr(train, "latent_reward", seen_reward)
     monkeypatch.setattr(train, "proxy_loss", seen_loss)
     loss, stats = train.distillation_loss(**proxied)
-    prediction, goal, z = (seen[name] for name in ("rewarded", "target", "real"))
+    prediction, goal, z = (seen[name] for name in ("rewarded", "ema", "real"))
     assert torch.equal(seen["prediction"], prediction[:2])
     model, latent_rm, reward = proxied["model"], proxied["latent_rm"], proxied["reward"]
     captions = proxied["batch"][1]
@@ -279,7 +279,7 @@ def test_reward_through_the_proxy_equals_the_paper_written_out(kind, proxied, mo
     expert, lrm = torch.tensor(expert), torch.stack(lrm)
     rm_loss = preference_loss(expert, lrm, 0.3, 0.2, kind)
     assert stats["rm_loss"].item() == pytest.approx(rm_loss.item(), rel=1e-4) and rm_loss > 0
-    means = [stats[f"expert/{name}"].item() for name in ("prediction", "target", "real")]
+    means = [stats[f"expert/{name}"].item() for name in ("prediction", "ema", "real")]
     assert means == pytest.approx(expert.mean(0).tolist(), rel=1e-4)
     pairs = [(i, j, k) for i in range(2) for j, k in ((0, 1), (0, 2), (1, 2))]
     right = sum((expert[i, j] > expert[i, k]) == (lrm[i, j] > lrm[i, k]) for i, j, k in pairs)
@@ -349,17 +349,18 @@ def test_captions_stay_with_their_pictures_in_another_order(proxied):
     together = images[order], moved, [d[order] for d in draws]
     _, again = train.distillation_loss(**proxied | {"batch": together})
     _, apart = train.distillation_loss(**proxied | {"batch": (images, moved, draws)})
-    for key in ("loss", "rm_score", "rm_loss", "reward", "expert/target", "expert/real"):
+    for key in ("loss", "rm_score", "rm_loss", "reward", "expert/ema", "expert/real"):
         assert again[key].item() == pytest.approx(stats[key].item(), rel=1e-4)
         assert apart[key].item() != pytest.approx(stats[key].item(), rel=1e-4)
 
 
 def test_no_two_ranks_draw_the_same():
-    draw = lambda places, seed=0: train.data.random_draws(seed, places, (4, 8, 8), 50, "cpu")
+    draw = lambda places, seed=0: train.data.random_draws(seed, places, (4, 8, 8), "cpu")
     first, second = draw(positions(3, 4, rank=0, world=2)), draw(positions(3, 4, rank=1, world=2))
     both = [torch.cat(pair) for pair in zip(first, second)]
-    for i in (0, 1, 3):  # posterior noise, diffusion noise, u: eight different rows
-        assert len(torch.unique(both[i].flatten(1) if both[i].ndim > 1 else both[i], dim=0)) == 8
+    for column in both:  # posterior noise, diffusion noise, u_w, u_s: eight different rows
+        rows = column.flatten(1) if column.ndim > 1 else column
+        assert len(torch.unique(rows, dim=0)) == 8
     assert not torch.equal(first[0], first[1])
     for joint, alone in zip(both, draw(positions(3, 8))):
         assert torch.equal(joint, alone)  # the rows of one process with the doubled batch
@@ -367,10 +368,26 @@ def test_no_two_ranks_draw_the_same():
 
 
 def test_draws_have_the_right_distribution():
-    noise, _, index, u = train.data.random_draws(0, range(3000), (4,), 50, "cpu")
-    assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
-    assert index.min() == 0 and index.max() == 49 and abs(index.float().mean() - 24.5) < 1
-    assert u.min() >= 0 and u.max() < 1 and abs(u.mean() - 0.5) < 0.03
+    *noises, u_w, u_s = train.data.random_draws(0, range(3000), (4,), "cpu")
+    for noise in noises:
+        assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
+    for u in (u_w, u_s):
+        assert u.min() >= 0 and u.max() < 1 and abs(u.mean() - 0.5) < 0.03
+    assert not torch.equal(u_w, u_s)
+
+
+def test_timesteps_are_uniform_over_the_grid_and_lcd_is_known_at_each(scene):
+    """lcd_at: at each of the 50 grid points the sum of L_LCD, and how many samples were there."""
+    _, stats = train.distillation_loss(**scene | {"reward": None})
+    sums, counts = stats["lcd_at"]
+    assert counts.nonzero().flatten().tolist() == [0, 7, 30, 49] and counts.sum() == 4
+    assert sums.sum().item() / 4 == pytest.approx(stats["lcd"].item(), rel=1e-5)
+    images, captions, draws = scene["batch"]
+    for row, point in enumerate((0, 7, 30, 49)):
+        one = slice(row, row + 1)
+        batch = images[one], captions[one], [draw[one] for draw in draws]
+        loss, _ = train.distillation_loss(**scene | {"reward": None, "batch": batch})
+        assert sums[point].item() == pytest.approx(loss.item(), rel=1e-4)
 
 
 # ------------------------------------------------------------------------------------------ the run
@@ -566,6 +583,135 @@ def test_a_finished_run_started_again_keeps_its_result(fit, tmp_path):
     assert log(tmp_path, "step") == [(1,), (2,)]
 
 
+def test_a_finished_run_started_again_says_that_nothing_was_trained(fit, tmp_path, capsys):
+    assert fit(tmp_path, steps=2) == 0
+    assert "finished already" not in capsys.readouterr().out
+    assert fit(tmp_path, steps=2) == 0
+    said = capsys.readouterr().out
+    assert "finished already at step 2, nothing was trained" in said and "resumes" not in said
+    assert fit(tmp_path, steps=3, lr_schedule="constant") == 2  # it was a cosine: another run
+
+
+def test_a_warm_up_longer_than_half_the_run_is_told(fit, tmp_path, capsys):
+    assert fit(tmp_path / "short", steps=4, warmup=8, lr_schedule="constant") == 0
+    assert "peaks at 50% of --lr" in capsys.readouterr().out
+    assert fit(tmp_path / "long", steps=4, warmup=2) == 0
+    assert "peaks" not in capsys.readouterr().out
+
+
+def test_a_run_from_before_an_option_existed_goes_on_with_its_default(fit, tmp_path, capsys):
+    assert fit(tmp_path, steps=4, keep=3) == 0
+    file = tmp_path / "config.json"
+    old = json.loads(file.read_text())
+    for name in ("max_grad_norm", "norms_every", "preset", "code"):
+        del old[name]
+    file.write_text(json.dumps(old))
+    (tmp_path / "checkpoints/step-000004").rename(tmp_path / "moved-away")
+    assert fit(tmp_path, steps=4, keep=3) == 0 and "resumes at step 2" in capsys.readouterr().out
+    file.write_text(json.dumps(old))
+    assert fit(tmp_path, steps=4, keep=3, max_grad_norm=2) == 2
+    assert "max_grad_norm 1.0 (now 2.0)" in capsys.readouterr().err
+
+
+def test_gradients_are_clipped_at_the_norm_that_is_asked_for(fit, tmp_path, model_folder):
+    """AdamW's steps hardly change with the length of a gradient; its second moments do."""
+    for norm in (1e-3, 1e9):
+        assert fit(tmp_path / str(norm), steps=1, max_grad_norm=norm) == 0
+    squares = {}
+    for norm in (1e-3, 1e9):
+        file = tmp_path / str(norm) / "checkpoints/step-000001/optimizer.pt"
+        state = torch.load(file, weights_only=True)["state"]
+        squares[norm] = sum(moments["exp_avg"].square().sum().item() for moments in state.values())
+    assert squares[1e-3] ** 0.5 == pytest.approx(0.1 * 1e-3, rel=1e-3)  # beta 1 is 0.9
+    ((seen,),) = log(tmp_path / str(1e9), "grad_norm")
+    assert squares[1e9] ** 0.5 == pytest.approx(0.1 * seen, rel=1e-3)
+
+
+def test_the_log_shows_the_mean_of_all_steps_since_its_last_line(fit, tmp_path):
+    for every in (1, 3):
+        assert fit(tmp_path / str(every), steps=6, log_every=every, checkpoint_every=100) == 0
+    keys = "lcd", "loss", "grad_norm"
+    each, together = log(tmp_path / "1", *keys), log(tmp_path / "3", *keys)
+    assert len(each) == 6 and len(together) == 2
+    for line, three in zip(together, (each[:3], each[3:])):
+        means = [sum(column) / 3 for column in zip(*three)]
+        assert line == pytest.approx(means, rel=1e-5)
+
+
+def test_the_log_shows_lcd_at_each_timestep_that_was_drawn(fit, tmp_path):
+    assert fit(tmp_path, steps=4, log_every=4, checkpoint_every=100, ddim_steps=10) == 0
+    ((lcd, at),) = log(tmp_path, "lcd", "lcd_at")
+    *_, u_s = train.data.random_draws(0, range(8), (4, 8, 8), "cpu")
+    drawn = [100 * int(10 * u) + 99 for u in u_s.tolist()]
+    assert set(at) == {str(t) for t in drawn}
+    assert sum(at[str(t)] for t in drawn) / 8 == pytest.approx(lcd, rel=1e-4)
+
+
+@pytest.mark.parametrize("proxy", [False, True])
+def test_gradient_norms_of_distillation_and_reward_are_seen_apart_and_change_nothing(
+        proxy, fit, tmp_path, model_folder):
+    same = through(proxy, model_folder, steps=2, grad_accum=2)
+    assert fit(tmp_path / "apart", norms_every=2, **same) == 0
+    assert fit(tmp_path / "without", norms_every=0, **same) == 0
+    for name in ("unet", "unet_target"):
+        assert apart(weights(tmp_path / "apart", name), weights(tmp_path / "without", name)) == 0
+    assert fit(tmp_path / "plain", steps=2, grad_accum=2, norms_every=2) == 0
+    first, second = [
+        json.loads(line) for line in (tmp_path / "apart/log.jsonl").read_text().splitlines()]
+    assert "grad_norm/lcd" not in first
+    whole, lcd, reward = (
+        second[key] for key in ("grad_norm", "grad_norm/lcd", "grad_norm/reward"))
+    assert reward > 0 and abs(lcd - reward) <= whole <= lcd + reward
+    plain = (tmp_path / "plain/log.jsonl").read_text()
+    assert "grad_norm/lcd" not in plain  # there it is grad_norm
+
+
+def test_with_the_reward_at_scale_0_nothing_is_left_for_its_gradient(fit, tmp_path, model_folder):
+    direct = through(False, model_folder, steps=1, norms_every=1)
+    assert fit(tmp_path, reward_scale=0, **direct) == 0
+    ((whole, lcd, reward),) = log(tmp_path, "grad_norm", "grad_norm/lcd", "grad_norm/reward")
+    assert lcd == pytest.approx(whole, rel=1e-4) and reward < 1e-3 * whole
+
+
+PUBLISHED = {  # Ji4chenLi/rg-lcd, train_lcm_distill_sd_wds.py: its defaults, and README's command
+    "resolution": 512, "batch_size": 16, "grad_accum": 1, "steps": 10_000, "lr": 1e-6,
+    "lr_schedule": "constant", "max_grad_norm": 1.0, "ema": 0.95, "ddim_steps": 50, "w_min": 5.0,
+    "w_max": 15.0, "reward": "hpsv2.1", "reward_scale": 1.0, "reward_batch": 16,
+    "rm_lr": 3.3e-6, "rm_text_layers": 5, "rm_loss": "kl",
+}
+
+
+@pytest.mark.parametrize("preset", ["sd21", "sd21-768", "sd15"])
+def test_a_preset_stands_for_the_published_recipe_and_options_beside_it_win(preset):
+    argv = ["--preset", preset, "--teacher", "MODEL", "--data", "shards"]
+    parse = lambda *more: cli.parse(train.Config(), "", [*argv, *more], train.PRESETS)
+    args = parse()
+    resolution = 768 if preset == "sd21-768" else 512
+    for name, value in (PUBLISHED | {"resolution": resolution}).items():
+        assert getattr(args, name) == value, name
+    assert (args.preset, args.teacher, args.data) == (preset, "MODEL", "shards")
+    assert [min(1, train.runs.rate_factor(step, args)) for step in (0, 9_999)] == [1, 1]
+    other = parse("--lr", "2e-6", "--no-grad-checkpoint")
+    assert (other.lr, other.grad_checkpoint, other.w_max) == (2e-6, False, 15.0)
+
+
+def test_a_preset_asks_for_what_it_leaves_open(tmp_path, capsys):
+    assert call(train.main, "--preset", "sd21", "--out", tmp_path) == 2
+    assert "--preset sd21 needs --teacher" in capsys.readouterr().err
+    assert call(train.main, "--preset", "sd21", "--teacher", "x", "--out", tmp_path) == 2
+    assert "--preset sd21 needs --data" in capsys.readouterr().err
+
+
+def test_a_preset_is_recorded_and_may_be_spelt_out_on_resuming(
+        fit, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(train.PRESETS, "sd15", {"w_min": 2.0, "steps": 1})
+    assert fit(tmp_path, preset="sd15", steps=2) == 0
+    record = json.loads((tmp_path / "config.json").read_text())
+    assert (record["preset"], record["w_min"], record["steps"]) == ("sd15", 2.0, 2)
+    assert fit(tmp_path, w_min=2.0, steps=2) == 0
+    assert fit(tmp_path, steps=2) == 2 and "w_min 2.0 (now 1.0)" in capsys.readouterr().err
+
+
 def test_resume_overlooks_what_is_no_whole_checkpoint(fit, tmp_path):
     assert fit(tmp_path / "whole", steps=4) == 0
     out = tmp_path / "run"
@@ -656,6 +802,17 @@ def test_a_run_on_the_pocket_ends_with_the_comparison_of_its_own_student(
     assert config == train.evaluate.Config(
         unet=str(tmp_path / "run/unet_target"), out=str(tmp_path / "run"),
         device="cpu", precision="fp32")
+
+
+def test_the_comparison_shows_the_reward_that_the_run_maximised(tmp_path, monkeypatch):
+    compared = []
+    monkeypatch.setattr(train.evaluate, "compare", lambda config, *more: compared.append(config))
+    judge = f"pocket={ROOT / 'pocket/judge'}"
+    argv = ["--steps", 1, "--batch-size", 1, "--device", "cpu", "--precision", "fp32",
+            "--no-compile"]
+    assert call(train.main, *argv, "--reward", judge, "--out", tmp_path / "judge") == 0
+    assert call(train.main, *argv, "--reward", "none", "--out", tmp_path / "plain") == 0
+    assert [config.reward for config in compared] == [judge, "pocket"]
 
 
 def compare_precisions(fit, out, monkeypatch, model_folder, **options):
