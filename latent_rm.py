@@ -198,7 +198,7 @@ def in_pairs(expert_scores, lrm_scores):
     require(shape == lrm_scores.shape and len(shape) == 2 and shape[1] >= 2,
             f"the expert's scores {tuple(shape)}, the LRM's {tuple(lrm_scores.shape)}: "
             f"expected the same [B, K] with K >= 2 candidates to compare")
-    pairs = torch.combinations(torch.arange(shape[1], device=expert_scores.device))
+    pairs = torch.triu_indices(shape[1], shape[1], 1, device=expert_scores.device).T
     return expert_scores[:, pairs], lrm_scores[:, pairs]
 
 
