@@ -55,19 +55,22 @@ PROMPT = "a photo of an astronaut riding a horse"
 
 @dataclass
 class Config:
-    size: str = option("pocket", "pocket, or sd21 with random weights", choices=("pocket", "sd21"))
+    size: str = option(
+        "pocket", "pocket, or sd21 with random weights", choices=("pocket", "sd21"),
+        group="what to time")
     rows: str = option("all", f"some of {','.join(ROWS)}")
     batch: int = option(1, "pictures at a time")
-    device: str = option("auto", "auto, cpu or cuda")
-    precision: str = option("auto", "arithmetic of the networks", choices=("auto", "bf16", "fp32"))
-    compile: bool = option(False, "torch.compile the networks")
-    grad_checkpoint: bool = option(
-        False, "training step and direct reward: recompute activations in the backward pass")
     against: str | None = option(
         None, "time the same work through another library, between our calls",
         choices=("diffusers",))
     warmup: int = option(3, "calls before the clock starts")
     repeats: int = option(7, "calls timed")
+
+    device: str = option("auto", "auto, cpu or cuda", group="the machine")
+    precision: str = option("auto", "arithmetic of the networks", choices=("auto", "bf16", "fp32"))
+    compile: bool = option(False, "torch.compile the networks")
+    grad_checkpoint: bool = option(
+        False, "training step and direct reward: recompute activations in the backward pass")
 
 
 # --------------------------------------------------------------------------------------- the work

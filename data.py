@@ -215,11 +215,12 @@ def add_pair(tar, stem, suffix, data, caption):
 @dataclass
 class Config:
     data: str = option(
-        str(POCKET / "data" / "train-*.tar"), "shards to encode: a tar, a folder or a glob")
+        str(POCKET / "data" / "train-*.tar"), "shards to encode: a tar, a folder or a glob",
+        group="what to encode")
     out: str = option("runs/encoded", "folder for the encoded shards")
     model: str = option(str(POCKET), "model folder whose VAE encodes")
     resolution: int = option(64, "side of the square pictures in pixels")
-    batch: int = option(32, "pictures at a time")
+    batch: int = option(32, "pictures at a time", group="the machine")
     device: str = option("auto", "auto, cpu or cuda")
     precision: str = option("auto", "arithmetic of the VAE", choices=("auto", "bf16", "fp32"))
 

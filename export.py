@@ -30,11 +30,12 @@ from vae import VAE
 
 @dataclass
 class Config:
-    run: str | None = option(None, "run folder of train.py: stands for --teacher and --unet")
+    run: str | None = option(
+        None, "run folder of train.py: stands for --teacher and --unet", group="what to export")
     teacher: str = option(
         str(POCKET), "the model around the student: folder, single file or hub id")
     unet: str | None = option(None, "the student (default: TEACHER/student)")
-    out: str = option("exported", "the pipeline folder to write")
+    out: str = option("exported", "the pipeline folder to write", group="how")
     single_file: str | None = option(None, "write the teacher into this .safetensors instead")
     dtype: str = option("fp32", "of the weights written", choices=("fp32", "fp16", "bf16"))
 

@@ -244,17 +244,17 @@ SIZES = {
 }
 
 
-# What stands here takes the place of the defaults below. sd21: lr, batch and the 32 epochs of CC12M
-# are published (these steps make them with 8 processes); warm-up and decay are the defaults of the
-# published trainer. The resolutions and SD1.5 share it.
+# Published are lr, batch and 32 epochs of CC12M, which are these steps with 8 processes; warm-up
+# and decay are the defaults of the published trainer.
+PUBLISHED = {"size": "sd21", "resolution": 512, "batch_size": 480, "steps": 90_000, "lr": 5e-4,
+             "warmup": 10_000, "weight_decay": 0.2}
+ANY_SIZE = {"data": None, "model": None, "workers": 8}
 PRESETS = {
     "pocket": {},
-    "sd21": {"size": "sd21", "data": None, "model": None, "out": "runs/latent_rm21",
-             "resolution": 512, "batch_size": 480, "steps": 90_000, "lr": 5e-4, "warmup": 10_000,
-             "weight_decay": 0.2, "workers": 8},
+    "sd21": PUBLISHED | ANY_SIZE | {"out": "runs/latent_rm21"},
+    "sd21-768": PUBLISHED | ANY_SIZE | {"out": "runs/latent_rm21-768", "resolution": 768},
+    "sd15": PUBLISHED | ANY_SIZE | {"out": "runs/latent_rm15"},
 }
-PRESETS["sd21-768"] = PRESETS["sd21"] | {"resolution": 768, "out": "runs/latent_rm21-768"}
-PRESETS["sd15"] = PRESETS["sd21"] | {"out": "runs/latent_rm15"}
 
 
 @dataclass
@@ -431,7 +431,7 @@ def optimizer_step(
 
 
 def main():
-    args = parse(Config(), __doc__, presets=PRESETS)
+    args = parse(Config(), __doc__, presets=PRESETS, published=PUBLISHED)
     check(args)
     rank, world, device, dtype = runs.setup_processes(args)
     main_process, out = rank == 0, Path(args.out)

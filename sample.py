@@ -38,7 +38,8 @@ GRID = 64  # pictures that grid.png shows at most
 @dataclass
 class Config:
     prompt: list[str] = option(
-        (), "a prompt; may be given several times (without any: six for a first look)", list=True)
+        (), "a prompt; may be given several times (without any: six for a first look)", list=True,
+        group="what to draw")
     prompts: str | None = option(None, "a text file with one prompt a line")
     steps: int = option(2, "network calls per picture (ddim: twice as many passes, for guidance)")
     n: int = option(1, "pictures per prompt")
@@ -48,7 +49,7 @@ class Config:
         "what the model was trained at if not given")
     model: str = option(
         str(POCKET), "VAE, text encoder, scheduler and UNet: "
-        "a folder in the diffusers layout, a single file, or a hub id")
+        "a folder in the diffusers layout, a single file, or a hub id", group="with what")
     unet: str | None = option(
         None, "UNet from elsewhere: a folder, file or hub id "
         "(default: MODEL/student for lcm if there is one, else MODEL's)")
@@ -56,7 +57,7 @@ class Config:
     guidance: float = option(
         3.0, "w of the LCM paper: cond + w (cond - uncond); diffusers' guidance_scale is w + 1")
     negative: str = option("", "negative prompt (ddim): what guidance leads away from")
-    device: str = option("auto", "auto, cpu or cuda")
+    device: str = option("auto", "auto, cpu or cuda", group="the machine")
     precision: str = option("auto", "arithmetic of the networks", choices=("auto", "bf16", "fp32"))
     compile: bool = option(False, "torch.compile the UNet: slower start, faster pictures")
     batch: int = option(16, "pictures at a time")

@@ -33,17 +33,17 @@ from unet import UNet
 
 W_DIM = 256  # width of the guidance embedding
 
-# What stands here takes the place of the defaults below. sd21 and sd21-768: the published recipe
-# (grad_checkpoint and workers are not part of it); for SD1.5 none was published.
+# The published recipe, where it differs from the pocket's defaults below.
+PUBLISHED = {"resolution": 512, "steps": 10_000, "lr": 1e-6, "lr_schedule": "constant", "warmup": 1,
+             "ddim_steps": 50, "w_min": 5.0, "w_max": 15.0, "reward": "hpsv2.1",
+             "reward_scale": 1.0}
+ANY_SIZE = {"teacher": None, "data": None, "grad_checkpoint": True, "workers": 8}
 PRESETS = {
     "pocket": {},
-    "sd21": {"teacher": None, "data": None, "out": "runs/sd21", "resolution": 512, "steps": 10_000,
-             "lr": 1e-6, "lr_schedule": "constant", "warmup": 1, "ddim_steps": 50, "w_min": 5.0,
-             "w_max": 15.0, "reward": "hpsv2.1", "reward_scale": 1.0, "grad_checkpoint": True,
-             "workers": 8},
+    "sd21": PUBLISHED | ANY_SIZE | {"out": "runs/sd21"},
+    "sd21-768": PUBLISHED | ANY_SIZE | {"out": "runs/sd21-768", "resolution": 768},
+    "sd15": PUBLISHED | ANY_SIZE | {"out": "runs/sd15"},  # for which none was published
 }
-PRESETS["sd21-768"] = PRESETS["sd21"] | {"out": "runs/sd21-768", "resolution": 768}
-PRESETS["sd15"] = PRESETS["sd21"] | {"out": "runs/sd15"}
 
 
 @dataclass
@@ -429,7 +429,7 @@ def finish(networks, args, device, dtype):
 
 
 def main():
-    args = parse(Config(), __doc__, presets=PRESETS)
+    args = parse(Config(), __doc__, presets=PRESETS, published=PUBLISHED)
     check(args)
     rank, world, device, dtype = runs.setup_processes(args)
     main_process, out = rank == 0, Path(args.out)

@@ -68,7 +68,8 @@ from unet import UNet
 
 @dataclass
 class Config:
-    expert: str = option("pocket", "reward model that training maximises (reward.py)")
+    expert: str = option(
+        "pocket", "reward model that training maximises (reward.py)", group="the runs")
     judge: str = option(f"pocket={POCKET / 'judge'}", "another CLIP, that no training sees")
     scale: float = option(0.5, "reward scale 1x")
     scales: str = option("0.25,1,4,16", "times that")
@@ -83,10 +84,10 @@ class Config:
     rm_lr: float = option(1e-4, "learning rate of the LRM while it follows the expert, "
                                 "with all blocks of its image tower")
     rm_tau: float = option(0.05, "temperature of the expert's scores")
-    guidance: float = option(3.0, "w of the pictures")
+    guidance: float = option(3.0, "w of the pictures", group="the pictures")
     limit: int = option(256, "number of prompts")
     n: int = option(2, "pictures per prompt")
-    device: str = option("auto", "auto, cpu or cuda")
+    device: str = option("auto", "auto, cpu or cuda", group="the machine")
     precision: str = option("auto", "arithmetic of the trainings; pictures are drawn in float32",
                             choices=("auto", "bf16", "fp32"))
     out: str = option("runs/experiment", "folder for the runs, results.json and grid.png")

@@ -20,7 +20,7 @@ from support.weights import InputError
 POCKET = Path(__file__).resolve().parent.parent / "pocket"
 
 
-def parse(defaults, doc, argv=None, presets=None):
+def parse(defaults, doc, argv=None, presets=None, published=None):
     """A dataclass instance -> the same with the command line's values.
 
     Each field's help stands in its metadata (option()), and there too: `choices`; `list`, which
@@ -28,9 +28,8 @@ def parse(defaults, doc, argv=None, presets=None):
     after it stand. bools become --name/--no-name.
 
     presets: {name: {field: value}}. The one that --preset names takes the place of the defaults;
-    an option given beside it wins. --help shows where the preset "sd21", the published recipe,
-    differs."""
-    published = presets["sd21"] if presets else {}
+    an option given beside it wins. published: {field: value} that --help shows where they differ
+    from the defaults."""
     if presets:
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         first.add_argument("--preset", choices=tuple(presets), default=defaults.preset)
@@ -46,7 +45,8 @@ def parse(defaults, doc, argv=None, presets=None):
         if title is not None:
             section = groups.get(title) or parser.add_argument_group(title)
             groups[title] = section
-        add_option(section, field, getattr(defaults, field.name), published.get(field.name))
+        paper = (published or {}).get(field.name)
+        add_option(section, field, getattr(defaults, field.name), paper)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     return dataclasses.replace(defaults, **given)
 

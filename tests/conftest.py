@@ -3,6 +3,7 @@ and a few helpers."""
 import io
 import json
 import shutil
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -49,6 +50,14 @@ CAPTIONS = [
 ]
 
 
+def pytest_addoption(parser, pluginmanager):
+    """Without xdist the options in pyproject.toml that are its own do nothing."""
+    if not pluginmanager.hasplugin("xdist"):
+        group = parser.getgroup("xdist, which is not there")
+        group._addoption("-n", default=None)  # pytest keeps short options for itself
+        group.addoption("--dist", default=None)
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:
@@ -60,11 +69,48 @@ def rand(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def generators(seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
 def agree(ours, theirs, tolerance=1e-4, floor=0.0):
     """Parity: the largest difference is at most `tolerance` of the largest value."""
     assert ours.shape == theirs.shape
     scale = max(theirs.abs().max().item(), floor)
     assert (ours - theirs).abs().max().item() <= tolerance * scale
+
+
+def agree_by_name(ours, theirs):
+    """Parity of gradients, {name: gradient}."""
+    assert ours.keys() == theirs.keys() and ours
+    # some gradients are zero but for rounding
+    floor = 1e-3 * max(g.abs().max().item() for g in theirs.values())
+    for name in theirs:
+        agree(ours[name], theirs[name], floor=floor)
+
+
+def same_weights(first, second):
+    first, second = first.state_dict(), second.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def shapes(module):
+    return {name: tensor.shape for name, tensor in module.state_dict().items()}
+
+
+def norm_eps(module):
+    """{name: eps} of the norms in a module: what no weights and no random weights' outputs show."""
+    norms = (torch.nn.GroupNorm, torch.nn.LayerNorm)
+    return {name: norm.eps for name, norm in module.named_modules() if isinstance(norm, norms)}
+
+
+def cut(file, size):
+    """Keep the first `size` bytes of a file."""
+    file.write_bytes(file.read_bytes()[:size])
+
+
+def edit_json(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 @torch.no_grad()
@@ -88,6 +134,27 @@ def call(main, *argv):
     finally:
         sys.argv = before
     return 0
+
+
+LOAD = """
+import re, sys, torch
+from unet import UNet
+def rss(key):
+    status = open("/proc/self/status").read()
+    return int(re.search(key + r":\\s+(\\d+)", status)[1]) * 1024
+torch.ones(10).sum(), torch.ones(10).to(torch.bfloat16).to(torch.float16).sum()
+before = rss("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")  # forget the peak of importing
+unet = UNet.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
+print(rss("VmHWM") - before)
+"""
+
+
+def memory_of_loading(folder, dtype):
+    """Bytes that loading the UNet of `folder` adds to the peak memory of a fresh process."""
+    done = subprocess.run([sys.executable, "-c", LOAD, folder, dtype], cwd=ROOT,
+                          capture_output=True, text=True, check=True)
+    return int(done.stdout)
 
 
 def make_text_encoder(folder, **changes):

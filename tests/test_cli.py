@@ -57,7 +57,7 @@ PRESETS = {"small": {}, "sd21": {"size": 9, "fast": True}}
 
 
 def parse(*argv):
-    return cli.parse(Options(), "doc", list(argv), PRESETS)
+    return cli.parse(Options(), "doc", list(argv), PRESETS, published={"size": 9})
 
 
 def test_a_preset_takes_the_place_of_the_defaults_and_options_win():

@@ -13,6 +13,16 @@ from support.weights import InputError
 from vae import VAE
 
 
+def npy(*shape):
+    np.save(buffer := io.BytesIO(), np.zeros(shape, np.float16))
+    return buffer.getvalue()
+
+
+def encode(shard, model_folder, out, size, *more):
+    return call(data.main, "--data", shard, "--out", out, "--model", model_folder,
+                "--resolution", size, "--device", "cpu", *more)
+
+
 def rows(count=10, seed=0, first=0, last=12, rows=4, **where):
     return list(StepSampler(count, seed, first, last, rows, **where))
 
@@ -122,10 +132,8 @@ def test_an_unreadable_picture_is_refused_by_the_name_of_its_shard(spoil, tmp_pa
 
 @torch.no_grad()
 def test_encoded_shards_hold_the_vaes_posterior(shard, model_folder, tmp_path):
-    code = call(
-        data.main, "--data", shard, "--out", tmp_path / "encoded", "--model", model_folder,
-        "--resolution", 32, "--batch", 3, "--device", "cpu", "--precision", "fp32")
-    assert code == 0
+    options = ["--batch", 3, "--precision", "fp32"]
+    assert encode(shard, model_folder, tmp_path / "encoded", 32, *options) == 0
     pictures, encoded = Shards(shard, 32), Shards(tmp_path / "encoded", 32)
     assert encoded.encoded and len(encoded) == len(pictures)
     assert {f.name for f in (tmp_path / "encoded").iterdir()} == {shard.name, "config.json"}
@@ -138,45 +146,36 @@ def test_encoded_shards_hold_the_vaes_posterior(shard, model_folder, tmp_path):
 
 def test_encoding_another_way_into_the_same_folder_is_refused(
         shard, model_folder, tmp_path, capsys):
-    def encode(size):
-        return call(data.main, "--data", shard, "--out", tmp_path, "--model", model_folder,
-                    "--resolution", size, "--device", "cpu")
-
-    assert encode(32) == 0 and encode(32) == 0
-    assert encode(64) == 2
+    assert encode(shard, model_folder, tmp_path, 32) == 0
+    assert encode(shard, model_folder, tmp_path, 32) == 0
+    assert encode(shard, model_folder, tmp_path, 64) == 2
     assert "resolution 32 (now 64)" in capsys.readouterr().err
 
 
 def test_latents_of_several_sizes_are_refused(tmp_path):
     files = []
     for side in (4, 8):
-        np.save(buffer := io.BytesIO(), np.zeros((2, 4, side, side), np.float16))
-        files += [(f"{side}.npy", buffer.getvalue()), (f"{side}.txt", b"words")]
+        files += [(f"{side}.npy", npy(2, 4, side, side)), (f"{side}.txt", b"words")]
     with pytest.raises(InputError, match="several sizes"):
         Shards(write_shard(tmp_path / "two.tar", files), 16)
 
 
 @pytest.mark.parametrize("shape", [(4, 8, 8), (3, 4, 8, 8), (2, 4, 8, 12)])
 def test_latents_that_are_no_square_posterior_are_refused(shape, tmp_path):
-    np.save(buffer := io.BytesIO(), np.zeros(shape, np.float16))
-    file = write_shard(tmp_path / "odd.tar", [("a.npy", buffer.getvalue()), ("a.txt", b"words")])
+    file = write_shard(tmp_path / "odd.tar", [("a.npy", npy(*shape)), ("a.txt", b"words")])
     with pytest.raises(InputError, match=re.escape(str(shape))):
         Shards(file, 16)
 
 
 def test_latents_encoded_at_another_resolution_are_refused(shard, model_folder, tmp_path):
-    code = call(data.main, "--data", shard, "--out", tmp_path, "--model", model_folder,
-                "--resolution", 32, "--device", "cpu")
-    assert code == 0
+    assert encode(shard, model_folder, tmp_path, 32) == 0
     for path in (tmp_path, tmp_path / shard.name):
         with pytest.raises(InputError, match="encoded at --resolution 32, now 64"):
             Shards(path, 64)
 
 
 def test_pictures_mixed_with_latents_are_refused(shard, tmp_path):
-    buffer = io.BytesIO()
-    np.save(buffer, np.zeros((2, 4, 4, 4), np.float16))
     write_shard(tmp_path / "mixed.tar", [
-        ("a.npy", buffer.getvalue()), ("a.txt", b"a"), ("b.png", random_png(0)), ("b.txt", b"b")])
+        ("a.npy", npy(2, 4, 4, 4)), ("a.txt", b"a"), ("b.png", random_png(0)), ("b.txt", b"b")])
     with pytest.raises(InputError, match="one kind"):
         Shards(tmp_path / "mixed.tar", 16)

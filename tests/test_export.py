@@ -3,11 +3,11 @@ import shutil
 
 import pytest
 import torch
-from diffusers import LatentConsistencyModelPipeline
+from diffusers import LatentConsistencyModelPipeline, LCMScheduler
 
 import export
 import sample
-from conftest import UNET, agree, call, randomize
+from conftest import UNET, agree, call, edit_json, generators, randomize, same_weights
 from pipeline import Pipeline
 from support.weights import WEIGHTS
 from unet import UNet, UNetConfig
@@ -17,8 +17,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(params=["epsilon", "v_prediction"])
 def teacher(request, model_copy):
-    file = model_copy / "scheduler/scheduler_config.json"
-    file.write_text(file.read_text().replace("epsilon", request.param))
+    edit_json(model_copy / "scheduler/scheduler_config.json", prediction_type=request.param)
     return model_copy
 
 
@@ -34,8 +33,7 @@ def test_diffusers_opens_the_export_and_draws_the_same_pictures(steps, grid, tea
     prompts = ["a red apple", "rocket"]
     theirs = pipe(
         prompts, num_inference_steps=steps, guidance_scale=7.5, output_type="pt",
-        height=32, width=32,
-        generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)]).images
+        height=32, width=32, generator=generators([3, 4])).images
 
     def draw(model, student):
         model = Pipeline.from_pretrained(model, CPU, torch.float32)
@@ -45,6 +43,35 @@ def test_diffusers_opens_the_export_and_draws_the_same_pictures(steps, grid, tea
     agree(ours, theirs)
     # our own reader opens it as well
     assert torch.equal(draw(tmp_path / "exported", tmp_path / "exported"), ours)
+
+
+@pytest.mark.parametrize("kind, grid", [("epsilon", None), ("v_prediction", 10)])
+def test_the_exported_scheduler_has_the_constants_of_our_sampler(kind, grid, model_copy, tmp_path):
+    edit_json(model_copy / "scheduler/scheduler_config.json", prediction_type=kind)
+    edit_json(model_copy / "student/config.json", lcm_grid=grid)
+    exported = tmp_path / "exported"
+    assert call(export.main, "--teacher", model_copy, "--out", exported) == 0
+    expected = {
+        "num_train_timesteps": 1000,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "prediction_type": kind,
+        "set_alpha_to_one": False,
+        "clip_sample": False,
+        "original_inference_steps": grid or 50,
+        "timestep_scaling": 10.0,
+        "timestep_spacing": "leading",
+        "steps_offset": 1,
+    }
+    written = json.loads((exported / "scheduler/scheduler_config.json").read_text())
+    assert written == expected | {"_class_name": "LCMScheduler"}
+    read = LCMScheduler.from_pretrained(exported, subfolder="scheduler").config
+    assert {key: read[key] for key in expected} == expected
+    theirs = LCMScheduler().config
+    changed = {key for key in expected if expected[key] != theirs[key]}
+    asked_for = {"prediction_type", "original_inference_steps"}
+    assert changed - asked_for == {"set_alpha_to_one", "steps_offset"}
 
 
 def test_sample_draws_from_an_export_without_further_options(teacher, tmp_path):
@@ -61,9 +88,8 @@ def test_a_run_brings_its_teacher_and_its_ema_student(model_copy, tmp_path):
     (run / "config.json").write_text(json.dumps({"teacher": str(model_copy)}))
     shutil.copytree(model_copy / "student", run / "unet_target")
     assert call(export.main, "--run", run, "--out", tmp_path / "exported") == 0
-    first = UNet.from_pretrained(tmp_path / "exported").state_dict()
-    second = UNet.from_pretrained(model_copy / "student").state_dict()
-    assert all(torch.equal(first[k], second[k]) for k in second)
+    exported = UNet.from_pretrained(tmp_path / "exported")
+    assert same_weights(exported, UNet.from_pretrained(model_copy / "student"))
 
 
 WRONG = {

@@ -10,10 +10,9 @@ import torch
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from conftest import ROOT
+from conftest import ROOT, memory_of_loading
 from support import single_file
 from support.weights import WEIGHTS, load_tokenizer
-from test_weights import LOAD
 from text_encoder import TextEncoder
 from unet import UNet, UNetConfig
 from vae import VAE
@@ -51,9 +50,7 @@ def test_two_steps_at_512_in_bf16_on_the_cpu_stay_under_10_gib(folder, tmp_path)
 
 @pytest.mark.parametrize("dtype, most", [("float16", 1.15), ("bfloat16", 1.15)])
 def test_loading_the_fp16_unet_adds_one_copy_of_its_file_to_peak_memory(dtype, most, folder):
-    done = subprocess.run([sys.executable, "-c", LOAD, folder, dtype], cwd=ROOT,
-                          capture_output=True, text=True, check=True)
-    added = int(done.stdout)
+    added = memory_of_loading(folder, dtype)
     size = (folder / "unet" / WEIGHTS).stat().st_size
     print(f"{dtype}: {added / size:.3f} of {size / 1e9:.2f} GB")
     assert size > 1.7e9 and added <= most * size

@@ -26,6 +26,7 @@ from latent_rm import (
     preference_loss,
     retrieval,
 )
+from support import cli
 from support.weights import WEIGHTS, InputError
 
 TINY = LatentRMConfig(**LATENT_RM)
@@ -513,3 +514,14 @@ def test_a_text_tower_that_does_not_fit_is_refused(pretrain, tmp_path, clip_file
 def test_heldout_latents_of_another_size_are_refused(pretrain, tmp_path, capsys):
     assert pretrain(tmp_path / "run", heldout=posteriors(tmp_path / "other.tar", (4, 16, 16))) == 2
     assert "(4, 16, 16)" in capsys.readouterr().err
+
+
+def test_the_preset_is_the_published_pre_training_and_asks_for_what_it_leaves_open(
+        tmp_path, capsys):
+    args = cli.parse(script.Config(), "", ["--preset", "sd21", "--steps", "7"], script.PRESETS)
+    assert (args.size, args.batch_size, args.lr, args.resolution) == ("sd21", 480, 5e-4, 512)
+    assert (args.warmup, args.weight_decay, args.steps) == (10_000, 0.2, 7)
+    for given, asked in (([], "data"), (["--data", "x"], "model")):
+        argv = ["--preset", "sd21-768", *given, "--out", tmp_path]
+        assert call(script.main, *argv) == 2
+        assert f"--preset sd21-768 needs --{asked}" in capsys.readouterr().err

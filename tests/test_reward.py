@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from conftest import CLIP, agree, rand
+from conftest import CLIP, agree, cut, rand
 from reward import load_reward
 from support.weights import WEIGHTS, InputError
 
@@ -93,7 +93,6 @@ def test_one_prompt_an_image_is_required(reward):
 @pytest.mark.parametrize("name, size, named", [
     (WEIGHTS, 1000, WEIGHTS), ("config.json", 30, "config.json")])
 def test_truncated_files_are_refused_by_name(name, size, named, model_copy):
-    file = model_copy / "reward" / name
-    file.write_bytes(file.read_bytes()[:size])
+    cut(model_copy / "reward" / name, size)
     with pytest.raises(InputError, match=named):
         load_reward(f"pocket={model_copy}")

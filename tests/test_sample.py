@@ -10,7 +10,17 @@ import torch
 from PIL import Image
 
 import sample
-from conftest import ROOT, UNET as TINY_UNET, agree, call, make_text_encoder, teacher_pipeline
+from conftest import (
+    ROOT,
+    UNET as TINY_UNET,
+    agree,
+    call,
+    cut,
+    edit_json,
+    generators,
+    make_text_encoder,
+    teacher_pipeline,
+)
 from pipeline import Pipeline
 from support.weights import WEIGHTS
 from text_encoder import TextEncoder
@@ -90,16 +100,14 @@ def test_the_teacher_is_sampled_with_ddim_and_a_negative_prompt_changes_the_pict
 @pytest.mark.parametrize("negative", ["", "a fish, cold"])
 @torch.no_grad()
 def test_the_teachers_pictures_equal_diffusers_pipeline(kind, negative, model_copy):
-    file = model_copy / "scheduler/scheduler_config.json"
-    file.write_text(file.read_text().replace("epsilon", kind))
+    edit_json(model_copy / "scheduler/scheduler_config.json", prediction_type=kind)
     model = Pipeline.from_pretrained(model_copy, torch.device("cpu"), torch.float32)
     unet = UNet.from_pretrained(model_copy)
     ours = model.draw(
         unet, PROMPTS, [5, 6, 7], 5, 6.5, "ddim", size=(24, 40), negative=negative)
     theirs = teacher_pipeline(model_copy)(
         PROMPTS, negative_prompt=[negative] * 3, num_inference_steps=5, guidance_scale=7.5,
-        height=24, width=40, output_type="pt",
-        generator=[torch.Generator().manual_seed(seed) for seed in (5, 6, 7)]).images
+        height=24, width=40, output_type="pt", generator=generators([5, 6, 7])).images
     agree(ours, theirs)
 
 
@@ -124,10 +132,6 @@ def test_a_model_folder_in_half_precision_gives_the_same_picture(
         np.array(Image.open(tmp_path / name / "00000.png")).astype(int)
         for name in ("full", "half"))
     assert np.abs(full - half).mean() < 4  # of 255
-
-
-def cut(file, size):
-    file.write_bytes(file.read_bytes()[:size])
 
 
 def inpaint(model):

@@ -17,8 +17,10 @@ from conftest import (
     agree,
     call,
     make_text_encoder,
+    norm_eps,
     rand,
     randomize,
+    same_weights,
     teacher_pipeline,
 )
 from lcm_solver import ScheduleConfig
@@ -58,11 +60,6 @@ def file(teacher, tmp_path):
     file = tmp_path / "tiny-512.safetensors"
     assert call(export.main, "--teacher", teacher, "--single-file", file) == 0
     return file
-
-
-def same_weights(first, second):
-    first, second = first.state_dict(), second.state_dict()
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
 def test_a_teacher_goes_to_a_single_file_and_back_unchanged(teacher, file):
@@ -147,6 +144,13 @@ def test_known_names_of_the_published_files_are_met(kind):
     assert {f"cond_stage_model.{name}" for name in names} <= keys
 
 
+def test_the_text_towers_norms_have_clips_eps(kind, model_folder):
+    with torch.device("meta"):
+        tower = CLIPTextModel(CLIPTextConfig(**single_file.CONFIGS[kind]["text_encoder"]))
+    for model in (tower, TextEncoder.from_pretrained(model_folder).model):
+        assert set(norm_eps(model).values()) == {1e-5}
+
+
 def test_what_published_files_hold_besides_is_passed_over(kind, teacher, file):
     extra = {
         "alphas_cumprod": 1000,
@@ -176,12 +180,12 @@ def test_a_missing_or_surplus_tensor_is_named(component, file):
         component.from_pretrained(file)
 
 
-def test_a_student_has_no_place_in_a_single_file(model_folder, tmp_path):
-    folder = shutil.copytree(model_folder, tmp_path / "model")
-    shutil.rmtree(folder / "unet")
-    (folder / "student").rename(folder / "unet")
-    assert call(export.main, "--teacher", folder, "--single-file", tmp_path / "x.safetensors") == 2
-    assert not (tmp_path / "x.safetensors").exists()
+def test_a_student_has_no_place_in_a_single_file(model_copy, tmp_path):
+    shutil.rmtree(model_copy / "unet")
+    (model_copy / "student").rename(model_copy / "unet")
+    file = tmp_path / "x.safetensors"
+    assert call(export.main, "--teacher", model_copy, "--single-file", file) == 2
+    assert not file.exists()
 
 
 @pytest.mark.parametrize("name, metadata, expected", [

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from conftest import agree, make_text_encoder
+from conftest import agree, cut, edit_json, make_text_encoder
 from pipeline import Pipeline
 from support.weights import InputError
 from text_encoder import TextEncoder
@@ -51,8 +51,7 @@ def test_save_then_load_is_exact(model_folder, tmp_path):
 @torch.no_grad()
 def test_wrong_token_ids_in_the_config_file_do_no_harm(model_folder, model_copy):
     file = model_copy / "text_encoder" / "config.json"
-    wrong = ', "eos_token_id": 2, "bos_token_id": 0, "pad_token_id": 1}'
-    file.write_text(file.read_text().rstrip().removesuffix("}").rstrip() + wrong)
+    edit_json(file, eos_token_id=2, bos_token_id=0, pad_token_id=1)
     encoder, expected = map(TextEncoder.from_pretrained, (model_copy, model_folder))
     assert torch.equal(encoder(PROMPTS), expected(PROMPTS))
 
@@ -64,23 +63,14 @@ def test_width_that_does_not_match_the_unet_is_reported(model_copy):
         model.check(UNet.from_pretrained(model_copy), model_copy / "unet", student=False)
 
 
-def spoil(file, change):
-    file.write_bytes(change(file.read_bytes()))
-
-
 CONFIG, STATE = "text_encoder/config.json", "text_encoder/model.safetensors"
-POSITIONS = b'"max_position_embeddings": '
 BROKEN = {
     "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), "tokenizer"),
     "no weights": (lambda f: (f / STATE).unlink(), "model.safetensors"),
-    "truncated weights": (lambda f: spoil(f / STATE, lambda b: b[:-10]), "model.safetensors"),
-    "truncated config": (lambda f: spoil(f / CONFIG, lambda b: b[:30]), "config.json"),
-    "another architecture": (
-        lambda f: spoil(f / CONFIG, lambda b: b.replace(b"clip_text_model", b"t5")),
-        "model_type 't5'"),
-    "too few positions": (
-        lambda f: spoil(f / CONFIG, lambda b: b.replace(POSITIONS + b"32", POSITIONS + b"16")),
-        "32"),
+    "truncated weights": (lambda f: cut(f / STATE, -10), "model.safetensors"),
+    "truncated config": (lambda f: cut(f / CONFIG, 30), "config.json"),
+    "another architecture": (lambda f: edit_json(f / CONFIG, model_type="t5"), "model_type 't5'"),
+    "too few positions": (lambda f: edit_json(f / CONFIG, max_position_embeddings=16), "32"),
 }
 
 

@@ -1,12 +1,20 @@
-import json
-import shutil
-
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from conftest import UNET, agree, rand, randomize
+from conftest import (
+    UNET,
+    agree,
+    agree_by_name,
+    cut,
+    edit_json,
+    norm_eps,
+    rand,
+    randomize,
+    same_weights,
+    shapes,
+)
 from lcm_solver import NoiseSchedule, ScheduleConfig, guidance_embedding
 from support.weights import WEIGHTS, InputError
 from unet import UNet, UNetConfig
@@ -28,11 +36,7 @@ def outputs_and_gradients(net, call, latents):
 
 def assert_same(first, second):
     agree(first[0], second[0])
-    assert first[1].keys() == second[1].keys()
-    # some gradients are zero but for rounding
-    floor = 1e-3 * max(g.abs().max().item() for g in second[1].values())
-    for name in second[1]:
-        agree(first[1][name], second[1][name], floor=floor)
+    agree_by_name(first[1], second[1])
 
 
 FOUR_LEVELS = {
@@ -76,8 +80,17 @@ def test_default_is_sd21_with_865_910_724_parameters_and_diffusers_keys():
             sample_size=64, cross_attention_dim=1024, attention_head_dim=[5, 10, 20, 20],
             use_linear_projection=True)
     assert sum(p.numel() for p in ours.parameters()) == 865_910_724
-    shapes = lambda net: {k: v.shape for k, v in net.state_dict().items()}
     assert shapes(ours) == shapes(theirs)
+
+
+def test_every_norms_eps_equals_diffusers():
+    with torch.device("meta"):
+        ours, theirs = UNet(UNetConfig(**UNET)), UNet2DConditionModel(**UNET)
+    eps = norm_eps(ours)
+    assert eps == norm_eps(theirs)
+    before_transformers = {name for name in eps if name.endswith(".norm")}
+    assert len(before_transformers) == 7 and {eps[name] for name in before_transformers} == {1e-6}
+    assert {eps[name] for name in eps.keys() - before_transformers} == {1e-5}
 
 
 @pytest.mark.slow
@@ -128,8 +141,7 @@ def test_save_then_load_is_exact(model_folder, tmp_path):
     first.save_pretrained(tmp_path / "again")
     second = UNet.from_pretrained(tmp_path / "again")
     assert second.config == first.config
-    pairs = zip(first.state_dict().values(), second.state_dict().values(), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
+    assert same_weights(first, second)
     assert [f.name for f in tmp_path.iterdir()] == ["again"]  # nothing left over
 
 
@@ -149,14 +161,7 @@ def edit_weights(change):
 
 
 def edit_config(**changes):
-    def apply(folder):
-        file = folder / "config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-    return apply
-
-
-def cut(name, size):
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
+    return lambda folder: edit_json(folder / "config.json", **changes)
 
 
 KEY, COND_PROJ = "down_blocks.0.attentions.0.proj_in.weight", "time_embedding.cond_proj.weight"
@@ -168,11 +173,11 @@ BROKEN = {
         edit_weights(lambda s: s.update({KEY: torch.zeros(3)})), [WEIGHTS, KEY, "(3,)"]),
     "a student's cond_proj in a teacher": (
         edit_weights(lambda s: s.update({COND_PROJ: torch.zeros(16, 256)})), [WEIGHTS, COND_PROJ]),
-    "truncated weights": (cut(WEIGHTS, 10_000), [WEIGHTS]),
-    "empty weights": (cut(WEIGHTS, 0), [WEIGHTS]),
+    "truncated weights": (lambda folder: cut(folder / WEIGHTS, 10_000), [WEIGHTS]),
+    "empty weights": (lambda folder: cut(folder / WEIGHTS, 0), [WEIGHTS]),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), [WEIGHTS]),
     "no config": (lambda folder: (folder / "config.json").unlink(), ["config.json"]),
-    "truncated config": (cut("config.json", 50), ["config.json"]),
+    "truncated config": (lambda folder: cut(folder / "config.json", 50), ["config.json"]),
     "unknown config field": (
         edit_config(addition_embed_type="text"), ["config.json", "addition_embed_type"]),
     "a value we do not build": (edit_config(act_fn="gelu"), ["config.json", "act_fn"]),
@@ -182,9 +187,9 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_folder_that_does_not_fit_is_refused_by_name(case, model_folder, tmp_path):
+def test_a_folder_that_does_not_fit_is_refused_by_name(case, model_copy, tmp_path):
     spoil, named = BROKEN[case]
-    folder = shutil.copytree(model_folder / "unet", tmp_path / "unet")
+    folder = model_copy / "unet"
     spoil(folder)
     with pytest.raises(InputError) as error:
         UNet.from_pretrained(folder)
@@ -192,11 +197,10 @@ def test_a_folder_that_does_not_fit_is_refused_by_name(case, model_folder, tmp_p
     assert all(name in str(error.value) for name in named)
 
 
-def test_only_cond_proj_may_be_absent_from_a_student(model_folder, tmp_path):
-    folder = shutil.copytree(model_folder / "unet", tmp_path / "unet")
-    edit_weights(lambda s: s.pop(KEY))(folder)
+def test_only_cond_proj_may_be_absent_from_a_student(model_copy):
+    edit_weights(lambda s: s.pop(KEY))(model_copy / "unet")
     with pytest.raises(InputError, match=KEY):
-        UNet.from_pretrained(folder, w_embed_dim=256)
+        UNet.from_pretrained(model_copy / "unet", w_embed_dim=256)
 
 
 def test_checkpointing_gives_the_same_gradients(model_folder):

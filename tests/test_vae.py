@@ -1,10 +1,8 @@
-import shutil
-
 import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from conftest import VAE as TINY, agree, rand, randomize
+from conftest import VAE as TINY, agree, agree_by_name, cut, norm_eps, rand, randomize, shapes
 from support.weights import WEIGHTS, InputError
 from vae import VAE, VAEConfig
 
@@ -25,14 +23,6 @@ def gradients(net, *outputs):
     return found
 
 
-def assert_same_gradients(ours, theirs):
-    assert ours.keys() == theirs.keys() and ours
-    # some gradients are zero but for rounding
-    floor = 1e-3 * max(g.abs().max().item() for g in theirs.values())
-    for name in theirs:
-        agree(ours[name], theirs[name], floor=floor)
-
-
 def test_posterior_and_its_gradients_equal_diffusers(pair):
     ours, theirs = pair
     images = rand(2, 3, 32, 24).clamp(-1, 1)
@@ -41,7 +31,7 @@ def test_posterior_and_its_gradients_equal_diffusers(pair):
     agree(mean, posterior.mean)
     agree(std, posterior.std)
     expected = gradients(theirs, posterior.mean, posterior.std)
-    assert_same_gradients(gradients(ours, mean, std), expected)
+    agree_by_name(gradients(ours, mean, std), expected)
 
 
 def test_decode_and_its_gradients_equal_diffusers(pair):
@@ -50,8 +40,13 @@ def test_decode_and_its_gradients_equal_diffusers(pair):
     mine, reference = latents.clone().requires_grad_(), latents.clone().requires_grad_()
     out, expected = ours.decode(mine), theirs.decode(reference / 0.18215).sample
     agree(out, expected)
-    assert_same_gradients(gradients(ours, out), gradients(theirs, expected))
+    agree_by_name(gradients(ours, out), gradients(theirs, expected))
     agree(mine.grad, reference.grad)
+
+
+def test_every_norms_eps_equals_diffusers(pair):
+    ours, theirs = map(norm_eps, pair)
+    assert ours == theirs and set(ours.values()) == {1e-6}
 
 
 def test_default_is_sd21_with_83_653_863_parameters_and_diffusers_keys():
@@ -61,7 +56,6 @@ def test_default_is_sd21_with_83_653_863_parameters_and_diffusers_keys():
             block_out_channels=[128, 256, 512, 512], layers_per_block=2, latent_channels=4,
             down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
     assert sum(p.numel() for p in ours.parameters()) == 83_653_863
-    shapes = lambda net: {k: v.shape for k, v in net.state_dict().items()}
     assert shapes(ours) == shapes(theirs)
     assert ours.factor == 8
 
@@ -97,8 +91,8 @@ def test_a_size_that_is_not_a_multiple_of_f_is_refused(size, model_folder):
         VAE.from_pretrained(model_folder).encode(rand(1, 3, *size))
 
 
-def test_truncated_weights_are_refused_by_name(model_folder, tmp_path):
-    file = shutil.copytree(model_folder / "vae", tmp_path / "vae") / WEIGHTS
-    file.write_bytes(file.read_bytes()[:-100])
+def test_truncated_weights_are_refused_by_name(model_copy):
+    file = model_copy / "vae" / WEIGHTS
+    cut(file, -100)
     with pytest.raises(InputError, match=str(file)):
-        VAE.from_pretrained(tmp_path)
+        VAE.from_pretrained(model_copy)

@@ -13,16 +13,11 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from conftest import ROOT, UNET, randomize
+from conftest import ROOT, UNET, cut, edit_json, memory_of_loading, randomize, same_weights
 from support.weights import WEIGHTS, InputError, files_needed
 from text_encoder import TextEncoder
 from unet import UNet, UNetConfig
 from vae import VAE
-
-
-def same(first, second):
-    first, second = first.state_dict(), second.state_dict()
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
 def make_fp16(file):
@@ -60,7 +55,7 @@ def component(request, model_folder, model_copy):
 def test_fp16_variant_is_read_where_there_is_nothing_else(component):
     cls, file, original = component
     make_fp16(file)
-    assert same(cls.from_pretrained(file.parent.parent), original)  # full precision first
+    assert same_weights(cls.from_pretrained(file.parent.parent), original)  # full precision first
     file.unlink()
     loaded = cls.from_pretrained(file.parent.parent)
     assert all(torch.equal(a.half(), b.half()) and b.dtype == torch.float32
@@ -75,7 +70,7 @@ def test_fp16_variant_is_read_where_there_is_nothing_else(component):
 def test_shards_are_read_through_their_index(index, suffix, component):
     cls, file, original = component
     split(file, index.format(file.stem), suffix)
-    assert same(cls.from_pretrained(file.parent), original)
+    assert same_weights(cls.from_pretrained(file.parent), original)
     next(file.parent.glob("*-00002-of-00002*")).unlink()
     with pytest.raises(InputError, match="00002-of-00002.*copy them all"):
         cls.from_pretrained(file.parent)
@@ -91,13 +86,13 @@ def test_what_diffusers_saves_is_read(name, shard, variant, model_folder, tmp_pa
         tmp_path / name, variant=variant, max_shard_size=shard)
     assert (len(list((tmp_path / name).glob("*.safetensors"))) > 1) == (shard == "100KB")
     loaded = ours.from_pretrained(tmp_path / name)
-    assert same(loaded, ours.from_pretrained(model_folder / name))
+    assert same_weights(loaded, ours.from_pretrained(model_folder / name))
 
 
 def test_the_component_folder_its_parent_and_its_file_are_the_same(model_folder):
     original = UNet.from_pretrained(model_folder)
-    assert same(UNet.from_pretrained(model_folder / "unet"), original)
-    assert same(UNet.from_pretrained(str(model_folder / "unet" / WEIGHTS)), original)
+    assert same_weights(UNet.from_pretrained(model_folder / "unet"), original)
+    assert same_weights(UNet.from_pretrained(str(model_folder / "unet" / WEIGHTS)), original)
 
 
 def test_training_a_loaded_network_leaves_its_file_alone(model_copy):
@@ -116,7 +111,7 @@ def test_vae_attention_under_its_old_names(model_folder, model_copy):
     state = {re.sub(new, lambda m: old[m[0]], k): v for k, v in load_file(file).items()}
     assert "decoder.mid_block.attentions.0.query.weight" in state
     save_file(state, file)
-    assert same(VAE.from_pretrained(model_copy), VAE.from_pretrained(model_folder))
+    assert same_weights(VAE.from_pretrained(model_copy), VAE.from_pretrained(model_folder))
 
 
 def test_text_tower_with_and_without_its_prefix_and_with_position_ids(model_folder, model_copy):
@@ -127,7 +122,7 @@ def test_text_tower_with_and_without_its_prefix_and_with_position_ids(model_fold
     original = TextEncoder.from_pretrained(model_folder)
     for state in (bare, prefixed):
         save_file(state, file)
-        assert same(TextEncoder.from_pretrained(model_copy), original)
+        assert same_weights(TextEncoder.from_pretrained(model_copy), original)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -156,7 +151,7 @@ def test_a_pickle_is_refused_with_a_conversion_that_works(component):
     with pytest.raises(InputError, match="a pickle.*safetensors") as error:
         cls.from_pretrained(file.parent.parent)
     convert_as_told(error)
-    assert same(cls.from_pretrained(file.parent.parent), original)
+    assert same_weights(cls.from_pretrained(file.parent.parent), original)
 
 
 def test_a_checkpoint_pickle_is_refused_with_a_conversion_that_works(tmp_path):
@@ -173,7 +168,7 @@ NOT_WEIGHTS = {
     "no safetensors": (
         lambda f: f.write_bytes(b"not weights at all, but long enough"), NOT_WHOLE),
     "empty": (lambda f: f.write_bytes(b""), NOT_WHOLE),
-    "truncated": (lambda f: f.write_bytes(f.read_bytes()[:-1]), NOT_WHOLE),
+    "truncated": (lambda f: cut(f, -1), NOT_WHOLE),
     "a foreign model": (
         lambda f: save_file({FOREIGN: torch.zeros(1)}, f),
         "expected a Stable Diffusion 1.x or 2.x checkpoint"),
@@ -204,7 +199,7 @@ def test_a_single_file_that_is_none_is_refused(case, model_folder, tmp_path):
 def test_a_config_that_asks_for_what_we_do_not_build_is_refused_by_name(
         field, value, said, model_copy):
     file = model_copy / "unet/config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
+    edit_json(file, **{field: value})
     with pytest.raises(InputError, match=said) as error:
         UNet.from_pretrained(model_copy)
     assert str(file) in str(error.value)
@@ -218,8 +213,7 @@ def test_a_config_that_asks_for_what_we_do_not_build_is_refused_by_name(
 ])
 def test_a_vae_config_that_asks_for_what_we_do_not_build_is_refused_by_name(
         field, value, model_copy):
-    file = model_copy / "vae/config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
+    edit_json(model_copy / "vae/config.json", **{field: value})
     with pytest.raises(InputError, match=field):
         VAE.from_pretrained(model_copy)
 
@@ -238,20 +232,6 @@ def test_fields_that_an_sd15_config_leaves_out_mean_what_diffusers_takes_them_fo
 
 # ------------------------------------------------------------------------------------------- memory
 
-LOAD = """
-import re, sys, torch
-from unet import UNet
-def rss(key):
-    status = open("/proc/self/status").read()
-    return int(re.search(key + r":\\s+(\\d+)", status)[1]) * 1024
-torch.ones(10).sum(), torch.ones(10).to(torch.bfloat16).to(torch.float16).sum()
-before = rss("VmRSS")
-open("/proc/self/clear_refs", "w").write("5")  # forget the peak of importing
-unet = UNet.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
-print(rss("VmHWM") - before)
-"""
-
-
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="reads /proc")
 @pytest.mark.parametrize("dtype, most", [
     ("float16", 1.15),
@@ -265,10 +245,7 @@ def test_loading_a_half_precision_file_adds_one_copy_of_it_to_peak_memory(dtype,
     UNet(config).save_pretrained(tmp_path / "unet", dtype=torch.float16)
     size = (tmp_path / "unet" / WEIGHTS).stat().st_size
     assert size > 150e6
-    done = subprocess.run([sys.executable, "-c", LOAD, tmp_path, dtype], cwd=ROOT,
-                          capture_output=True, text=True, check=True)
-    added = int(done.stdout)
-    assert added <= most * size
+    assert memory_of_loading(tmp_path, dtype) <= most * size
 
 
 # ------------------------------------------------------------------------------------------ the hub
