@@ -184,8 +184,8 @@ def direct_reward(model, reward, latents, captions, args):
     Scaled latents [B,4,h,w] -> mean score with gradient to them, {name: detached scalar}
 
     Pictures are clamped to [0, 1] before they are scored (Pipeline.decode), as a reward model has
-    only seen such. A pixel that is clamped gives no gradient: on held-out prompts of the pocket a
-    quarter of all values (24%), most of them in the white background.
+    only seen such. What is clamped gives no gradient: on the pocket's held-out prompts 24% of the
+    pixels.
     """
     if args.grad_checkpoint:  # picture by picture: the backward pass holds the activations of one
         rows = [checkpoint(model.decode, row, use_reentrant=False) for row in latents.split(1)]
@@ -308,13 +308,13 @@ def new_optimizer(networks, args, newest, device):
 
 # --------------------------------------------------------------------------------------- the loop
 
-def loss_of(networks, solver, batch, args, reward=True):
+def loss_of(networks, solver, batch, args, rewarded=True):
     """distillation_loss by the networks of a run, in its arithmetic."""
-    rewarders = (networks.reward, networks.latent_rm) if reward else (None, None)
+    reward, latent_rm = (networks.reward, networks.latent_rm) if rewarded else (None, None)
     with cli.autocast(networks.model.device, networks.model.dtype):
         return distillation_loss(
-            networks.model, networks.teacher, networks.student, networks.target, rewarders[0],
-            solver, batch, args, rewarders[1])
+            networks.model, networks.teacher, networks.student, networks.target, reward,
+            solver, batch, args, latent_rm)
 
 
 def optimizer_step(networks, optimizer, solver, step, tensors, captions, draws, args, world):
@@ -335,7 +335,7 @@ def optimizer_step(networks, optimizer, solver, step, tensors, captions, draws, 
             loss, stats = loss_of(networks, solver, batch, args)
             (loss / args.grad_accum).backward()
             if apart:
-                loss, _ = loss_of(networks, solver, batch, args, reward=False)
+                loss, _ = loss_of(networks, solver, batch, args, rewarded=False)
                 gradient = torch.autograd.grad(loss / args.grad_accum, weights)
                 torch._foreach_add_(plain, gradient)
         for key, value in stats.items():
@@ -346,8 +346,8 @@ def optimizer_step(networks, optimizer, solver, step, tensors, captions, draws, 
         rest = torch._foreach_sub([p.grad for p in weights], plain)
         totals["grad_norm/lcd"] = torch.nn.utils.get_total_norm(plain)
         totals["grad_norm/reward"] = torch.nn.utils.get_total_norm(rest)
-    # L_LCD alone has gradients of norm 1.6 to 12 on the pocket: without this limit single steps
-    # move the student as far as dozens of others.
+    # Norms are 1.6 to 12 on the pocket, so this always shortens: every step enters AdamW's moments
+    # with the same length, and one long gradient does not drown the others.
     totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
     if rm_weights:
         totals["rm_grad_norm"] = torch.nn.utils.clip_grad_norm_(rm_weights, args.max_grad_norm)
