@@ -3,8 +3,8 @@
     python evaluate.py                                        # the shipped student
     python evaluate.py --unet runs/pocket/unet_target         # yours
 
-The reward is what training maximised. The judge is a second CLIP that no training has seen: its
-number is the one to believe.
+The reward is what training maximised. The judge is a second CLIP that no training has seen: believe
+its differences between students, not its level.
 """
 import json
 import time

@@ -9,10 +9,8 @@ all that, it learns which latents go with which words:
     python latent_rm.py --text-tower pocket/reward/diffusion_pytorch_model.safetensors \\
         --no-train-text
 
-    torchrun --nproc_per_node=8 latent_rm.py --size sd21 --model MODEL --data 'encoded/*.tar' \\
-        --heldout 'encoded-heldout/*.tar' --workers 8 --out runs/latent_rm21 --resolution 512 \\
-        --batch-size 480 --lr 5e-4 --steps 100000 --warmup 2000 \\
-        --text-tower HPS_v2.1_compressed.pt
+    torchrun --nproc_per_node=8 latent_rm.py --preset sd21 --model MODEL --data 'encoded/*.tar' \\
+        --heldout 'encoded-heldout/*.tar' --text-tower HPS_v2.1_compressed.pt
 
 train.py --latent-rm then distils through it.
 

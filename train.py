@@ -122,8 +122,10 @@ def distillation_loss(
                         u_w, u_s                  [B], uniform in [0,1), for w and for s
 
     -> loss (with a latent_rm: the sum of the student's and the LRM's, which share no gradient),
-       {name: detached scalar}, and among them "lcd_at" [2, N]: at each point of the solver's grid
-       the sum of L_LCD and the number of samples
+       {name: detached scalar}: "loss", the student's; "reward", what the reward model gives to the
+       student's pictures (with a latent_rm: to those that it compares; what is maximised is then
+       "rm_score"); and "lcd_at" [2, N], at each of the N points of the solver's grid the sum of
+       L_LCD and the number of samples
     """
     tensors, captions, (posterior_noise, noise, u_w, u_s) = batch
     schedule = solver.schedule
@@ -133,7 +135,7 @@ def distillation_loss(
         z = (mean + std * posterior_noise) * model.vae.config.scaling_factor  # [B, 4, h, w]
         context, uncond_context = model.text_encoder([*captions, ""]).split([len(captions), 1])
 
-        # w ~ U[w_min, w_max];  s = t_{n+k}, uniform over the grid
+        # w ~ U[w_min, w_max];  s uniform over the N points of the solver's grid
         w = args.w_min + (args.w_max - args.w_min) * u_w
         index = (u_s * len(solver.timesteps)).long()
         s = solver.timesteps[index]
@@ -141,11 +143,13 @@ def distillation_loss(
         # z_s = sqrt(ab_s) z + sqrt(1 - ab_s) noise
         z_s = schedule.add_noise(z, noise, s)
 
-        # s = t_{n+k} -> t = t_n: the teacher walks its ODE one grid step down (LCM, eq. 13)
+        # s = t_{n+k} -> t = t_n, k = 1000 / N: the teacher walks its ODE one grid step down
+        # (LCM, eq. 13)
         z_t, t = solver.solve(
             teacher, z_s, s, context, uncond_context, w, args.solver_substeps)
 
-        # f_ema(z_t, w, c, t), what the student's prediction is to agree with
+        # f(z, w, c, t) is the clean latent at the end of the trajectory through z at t; at t = 0 it
+        # is z itself. f_ema(z_t, w, c, t): what the student's is to agree with
         goal = consistency_function(target, schedule, z_t, t, context, w)
 
     prediction = consistency_function(student, schedule, z_s, s, context, w)  # f(z_s, w, c, s)
@@ -171,7 +175,7 @@ def distillation_loss(
         score, stats = direct_reward(
             model, reward, prediction[rewarded], captions[rewarded], args)
 
-    loss = lcd - args.reward_scale * score  # L = L_LCD - beta R (eq. 8)
+    loss = lcd - args.reward_scale * score  # L = L_LCD - beta R (RG-LCD, eq. 8)
     each = torch.stack([distance.detach(), torch.ones_like(distance)])  # [2, B]
     at = torch.zeros(2, len(solver.timesteps), device=each.device).index_add(1, index, each)
     stats = {"lcd": lcd.detach()} | stats | {"loss": loss.detach(), "lcd_at": at}

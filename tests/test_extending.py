@@ -93,8 +93,7 @@ def test_another_reward(changed, fit, model_folder):
     red = line[f"reward/{own}"]
     assert -1 < red < 1 and line["reward/redness"] == pytest.approx(red, rel=1e-5)
     assert line["reward"] == pytest.approx(line["reward/pocket"] + 2.2 * red, rel=1e-4)
-    command = re.search(r"^    python train\.py (.*)$", SECTIONS["Another reward"], re.MULTILINE)
-    assert f'"pocket+{own}*0.2"' in command[1]
+    assert f'train.py --reward "pocket+{own}*0.2"' in SECTIONS["Another reward"]
 
 
 def test_another_distance(changed, fit):
