@@ -385,10 +385,23 @@ def posterior(tensors, vae, device):
     return torch.cat(means).float(), torch.cat(stds).float()
 
 
-def read_heldout(heldout, vae, device):
-    """-> the unscaled latents [N,C,s,s] of up to 256 held-out samples, their N captions."""
+def read_pairs(args, device, dtype):
+    """-> the shards to train on, the VAE if any hold pictures, the unscaled latents [N,C,s,s] of up
+    to 256 held-out samples, and their N captions."""
+    shards = data.Shards(args.data, args.resolution)
+    heldout = data.Shards(args.heldout, args.resolution, "--heldout")
+    vae = None
+    if not (shards.encoded and heldout.encoded):
+        vae = VAE.from_pretrained(args.model, dtype, device).requires_grad_(False)
+    require(vae is None or args.resolution % vae.factor == 0,
+            f"--resolution {args.resolution}: expected a multiple of {vae and vae.factor}")
     tensors, captions = zip(*(heldout[i] for i in range(min(256, len(heldout)))))
-    return posterior(torch.stack(tensors), vae, device)[0], captions
+    latents = posterior(torch.stack(tensors), vae, device)[0]
+    shape = tuple(posterior(shards[0][0][None], vae, device)[0].shape[1:])
+    require(latents.shape[1:] == shape,
+            f"--heldout {args.heldout}: latents {tuple(latents.shape[1:])}, "
+            f"those of --data are {shape}; encode both alike")
+    return shards, vae, latents, captions
 
 
 def new_optimizer(latent_rm, args, newest, device):
@@ -435,18 +448,8 @@ def main():
     main_process, out = rank == 0, Path(args.out)
     newest, start = runs.open_run(args, rank, world)
 
-    shards = data.Shards(args.data, args.resolution)
-    heldout = data.Shards(args.heldout, args.resolution, "--heldout")
-    vae = None
-    if not (shards.encoded and heldout.encoded):
-        vae = VAE.from_pretrained(args.model, dtype, device).requires_grad_(False)
-    require(vae is None or args.resolution % vae.factor == 0,
-            f"--resolution {args.resolution}: expected a multiple of {vae and vae.factor}")
-    heldout_latents, heldout_captions = read_heldout(heldout, vae, device)
-    shape = tuple(posterior(shards[0][0][None], vae, device)[0].shape[1:])  # (C, s, s)
-    require(heldout_latents.shape[1:] == shape,
-            f"--heldout {args.heldout}: latents {tuple(heldout_latents.shape[1:])}, "
-            f"those of --data are {shape}; encode both alike")
+    shards, vae, heldout_latents, heldout_captions = read_pairs(args, device, dtype)
+    shape = tuple(heldout_latents.shape[1:])  # (C, s, s)
 
     if newest:
         latent_rm = LatentRM.from_pretrained(newest / "latent_rm")

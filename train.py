@@ -124,8 +124,7 @@ def distillation_loss(
     -> loss (with a latent_rm: the sum of the student's and the LRM's, which share no gradient),
        {name: detached scalar}: "loss", the student's; "reward", what the reward model gives to the
        student's pictures (with a latent_rm: to those that it compares; what is maximised is then
-       "rm_score"); and "lcd_at" [2, N], at each of the N points of the solver's grid the sum of
-       L_LCD and the number of samples
+       "rm_score"); and "lcd_at" [2, N], L_LCD by_grid_point
     """
     tensors, captions, (posterior_noise, noise, u_w, u_s) = batch
     schedule = solver.schedule
@@ -145,8 +144,7 @@ def distillation_loss(
 
         # s = t_{n+k} -> t = t_n, k = 1000 / N: the teacher walks its ODE one grid step down
         # (LCM, eq. 13)
-        z_t, t = solver.solve(
-            teacher, z_s, s, context, uncond_context, w, args.solver_substeps)
+        z_t, t = solver.solve(teacher, z_s, s, context, uncond_context, w, args.solver_substeps)
 
         # f(z, w, c, t) is the clean latent at the end of the trajectory through z at t; at t = 0 it
         # is z itself. f_ema(z_t, w, c, t): what the student's is to agree with
@@ -172,14 +170,19 @@ def distillation_loss(
             model, latent_rm, reward, candidates, captions[compared], text[compared], args)
         stats["rm_score"] = score.detach()
     elif reward is not None:
-        score, stats = direct_reward(
-            model, reward, prediction[rewarded], captions[rewarded], args)
+        score, stats = direct_reward(model, reward, prediction[rewarded], captions[rewarded], args)
 
     loss = lcd - args.reward_scale * score  # L = L_LCD - beta R (RG-LCD, eq. 8)
-    each = torch.stack([distance.detach(), torch.ones_like(distance)])  # [2, B]
-    at = torch.zeros(2, len(solver.timesteps), device=each.device).index_add(1, index, each)
+    at = by_grid_point(distance.detach(), index, len(solver.timesteps))
     stats = {"lcd": lcd.detach()} | stats | {"loss": loss.detach(), "lcd_at": at}
     return loss + rm_loss, stats
+
+
+def by_grid_point(values, index, points):
+    """B values and their places [B] in a grid of so many points -> [2, points]: at each point the
+    sum of its values, and how many there are."""
+    each = torch.stack([values, torch.ones_like(values)])  # [2, B]
+    return torch.zeros(2, points, device=values.device).index_add(1, index, each)
 
 
 def direct_reward(model, reward, latents, captions, args):
