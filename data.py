@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from support import cli
 from support.cli import POCKET, at_least, make_folder, option, parse, require, run
+from support.pictures import decode
 from support.runs import same_options
 from support.weights import InputError, read_json, write_whole
 
@@ -127,12 +128,9 @@ def members(file):
 
 
 def load_picture(data, resolution):
-    """Bytes of a picture -> [3,R,R] in [-1,1]; transparency on white."""
-    picture = Image.open(io.BytesIO(data))
-    if picture.mode in ("RGBA", "LA", "P"):
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    picture = picture.convert("RGB")
+    """Bytes of a picture -> [3,R,R] in [-1,1], as people see it (support/pictures.py): shortest
+    side resized, centre crop."""
+    picture = decode(data)
     w, h = picture.size
     if (w, h) != (resolution, resolution):
         side = min(w, h)

@@ -9,6 +9,7 @@ from PIL import Image
 import data
 from conftest import CAPTIONS, agree, call, random_png, write_shard
 from data import Shards, StepSampler, batches, load_picture
+from support.pictures import decode
 from support.weights import InputError
 from vae import VAE
 
@@ -73,6 +74,85 @@ def test_pictures_are_resized_and_transparency_is_white():
     Image.new("RGBA", (50, 30), (255, 0, 0, 0)).save(buffer, "PNG")
     picture = load_picture(buffer.getvalue(), 16)
     assert picture.shape == (3, 16, 16) and (picture == 1).all()
+
+
+def saved(picture, kind="PNG", **options):
+    picture.save(buffer := io.BytesIO(), kind, **options)
+    return buffer.getvalue()
+
+
+def half_clear(mode):
+    """4x4, black, the left half transparent as far as the mode can say it. -> picture, options"""
+    if mode == "P":
+        picture = Image.new("P", (4, 4), 1)
+        picture.putpalette([9, 9, 9, 0, 0, 0])
+        picture.paste(0, (0, 0, 2, 4))
+        return picture, {"transparency": 0}
+    if mode == "I;16":
+        columns = np.array([500, 500, 0, 0], dtype=np.uint16)
+        return Image.fromarray(np.tile(columns, (4, 1))), {"transparency": 500}
+    if mode in ("L", "RGB"):
+        clear = {"L": 9, "RGB": (9, 9, 9)}[mode]
+        picture = Image.new(mode, (4, 4), 0)
+        picture.paste(clear, (0, 0, 2, 4))
+        return picture, {"transparency": clear}
+    picture = Image.new("RGBA", (4, 4), (0, 0, 0, 255))
+    picture.paste((0, 0, 0, 0), (0, 0, 2, 4))
+    return picture.convert(mode), {}
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB", "I;16"])
+def test_what_is_transparent_is_white(mode):
+    picture, options = half_clear(mode)
+    image = load_picture(saved(picture, **options), 4)
+    assert (image[:, :, :2] == 1).all() and (image[:, :, 2:] == -1).all()
+
+
+def test_a_palette_with_alpha_is_decoded_on_white(monkeypatch):
+    picture = half_clear("RGBA")[0].convert("PA")  # which no format of PIL's saves
+    monkeypatch.setattr(Image, "open", lambda file: picture)
+    assert decode(b"").getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation, corner", [
+    (1, (0, 0)), (2, (0, 1)), (3, (1, 1)), (4, (1, 0)),
+    (5, (0, 0)), (6, (0, 1)), (7, (1, 1)), (8, (1, 0))])
+def test_pictures_are_turned_as_exif_says(kind, orientation, corner):
+    picture = Image.new("RGB", (32, 16), "black")
+    picture.paste("white", (0, 0, 8, 8))  # at the top left
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    turned = decode(saved(picture, kind, exif=exif))
+    assert turned.size == ((32, 16) if orientation < 5 else (16, 32))
+    bright = np.array(turned.convert("L")) > 128
+    row, column = ((0, bright.shape[i] - 1)[corner[i]] for i in range(2))
+    assert bright[row, column] and bright.sum() == pytest.approx(64, abs=20)
+
+
+def test_broken_exif_data_is_no_reason_to_lose_a_picture():
+    data = saved(Image.new("RGB", (8, 8), "white"), "PNG", exif=b"Exif\0\0no TIFF header")
+    assert (load_picture(data, 8) == 1).all()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_16_bit_grey_is_scaled(kind):
+    values = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    image = load_picture(saved(Image.fromarray(values), kind), 8)
+    agree(image[0], torch.from_numpy(values.astype(np.float32)) / 32767.5 - 1, 1 / 255)
+
+
+def test_cmyk_is_read_as_its_colours():
+    image = load_picture(saved(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "TIFF"), 8)
+    assert (image[0] == 1).all() and (image[1:] == -1).all()  # red
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "TIFF", "PNG"])
+def test_an_animation_is_its_first_frame(kind):
+    frames = [Image.new("RGB", (8, 8), color) for color in ("white", "black")]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = saved(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    assert (load_picture(data, 8) == 1).all()
 
 
 def test_a_folder_and_a_glob_give_the_same_as_the_tar(shard):
