@@ -272,7 +272,8 @@ class Config(runs.RunConfig):
                      "and the pocket's LRM takes its tokenizer/ (sd21: CLIP's own)")
     data: str | None = option(
         str(POCKET / "data" / "train-*.tar"),
-        "shards of pictures or of posteriors (data.py): a tar, a folder, or a glob")
+        "shards of pictures or of posteriors (data.py): tars, a folder of them or of pictures, "
+        "a glob, or {00000..01099}.tar", several=True)
     heldout: str | None = option(
         None, "shards for the retrieval accuracy, which no training sees; "
               "may be left out with the pocket's data, for the pocket's")
@@ -338,6 +339,7 @@ def check(args):
     at_least(1, args, "batch_size", "steps", "resolution", "warmup", "checkpoint_every",
              "log_every", "heldout_every", "keep")
     at_least(0, args, "workers", "weight_decay")
+    require(0 <= args.max_bad <= 1, f"--max-bad {args.max_bad}: expected 0 to 1")
     positive(args, "lr", "max_grad_norm")
     require(0 <= args.seed < 2**63, f"--seed {args.seed}: expected 0 to 2^63 - 1")
     require(args.train_text or args.text_tower is not None,
@@ -437,7 +439,9 @@ def main():
     main_process, out = rank == 0, Path(args.out)
     newest, start = runs.open_run(args, rank, world)
 
-    shards = data.Shards(args.data, args.resolution)
+    shards = data.Shards(args.data, args.resolution, caption_lines=args.caption_lines,
+                         skip_bad=args.skip_bad_shards)
+    runs.record_skipped(args, shards.skipped, start, rank)
     heldout = data.Shards(args.heldout, args.resolution, "--heldout")
     vae = None
     if not (shards.encoded and heldout.encoded):
@@ -445,7 +449,7 @@ def main():
     require(vae is None or args.resolution % vae.factor == 0,
             f"--resolution {args.resolution}: expected a multiple of {vae and vae.factor}")
     heldout_latents, heldout_captions = read_heldout(heldout, vae, device)
-    shape = tuple(posterior(shards[0][0][None], vae, device)[0].shape[1:])  # (C, s, s)
+    shape = tuple(posterior(shards.first(1)[0][0][None], vae, device)[0].shape[1:])  # (C, s, s)
     require(heldout_latents.shape[1:] == shape,
             f"--heldout {args.heldout}: latents {tuple(heldout_latents.shape[1:])}, "
             f"those of --data are {shape}; encode both alike")
@@ -464,9 +468,11 @@ def main():
         print(f"{millions:.1f} M parameters, {len(shards)} pairs, "
               f"{world} x {args.batch_size} a step, {device}, {str(dtype)[6:]}"
               + (f"; resumes at step {start}" if 0 < start < args.steps else ""))
-    stream = data.batches(
-        shards, args.seed, start, args.steps, args.batch_size, rank, world, args.workers)
-    log = runs.Log(out, start, args.steps, world * args.batch_size, rank)
+        for note in shards.notes():
+            print(note)
+    log = runs.Log(out, start, args.steps, world * args.batch_size, rank, world, args.max_bad)
+    stream = data.batches(shards, args.seed, start, args.steps, args.batch_size, rank, world,
+                          args.workers, log.broken)
 
     for step, (tensors, captions) in zip(range(start, args.steps), stream):
         places = data.positions(step, args.batch_size, rank, world)

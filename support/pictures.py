@@ -2,7 +2,7 @@
 import io
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 ORIENTATION = 0x0112  # the EXIF tag
 TURNS = {
@@ -51,3 +51,16 @@ def grey(picture):
     if clear is not None:
         small.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
     return small
+
+
+def what_is_wrong(data, error):
+    """The kind of fault, in two words: these bytes made decode() raise this error."""
+    if not data:
+        return "empty picture"
+    if data.lstrip()[:1] == b"<":
+        return "web page"
+    if isinstance(error, Image.DecompressionBombError):
+        return "huge picture"
+    if isinstance(error, UnidentifiedImageError):
+        return "unknown picture"
+    return "truncated picture" if "truncated" in str(error) else "broken picture"

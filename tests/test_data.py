@@ -1,5 +1,7 @@
 import io
 import re
+import subprocess
+import tarfile
 
 import numpy as np
 import pytest
@@ -25,7 +27,9 @@ def encode(shard, model_folder, out, size, *more):
 
 
 def rows(count=10, seed=0, first=0, last=12, rows=4, **where):
-    return list(StepSampler(count, seed, first, last, rows, **where))
+    """The numbers of the samples that each step draws."""
+    sampler = StepSampler(count, seed, first, last, rows, **where)
+    return [[number for number, _ in step] for step in sampler]
 
 
 def test_order_is_a_pure_function_of_seed_and_position():
@@ -259,3 +263,173 @@ def test_pictures_mixed_with_latents_are_refused(shard, tmp_path):
         ("a.npy", npy(2, 4, 4, 4)), ("a.txt", b"a"), ("b.png", random_png(0)), ("b.txt", b"b")])
     with pytest.raises(InputError, match="one kind"):
         Shards(tmp_path / "mixed.tar", 16)
+
+
+# ------------------------------------------------------------------------------- what people have
+
+def pair(name, caption="words", suffix=".txt", picture=None, kind=".png"):
+    """The members of a sample."""
+    return [(name + kind, picture or random_png(0)),
+            (name + suffix, caption if isinstance(caption, bytes) else caption.encode())]
+
+
+def captions_of(shards):
+    return [shards.caption(i) for i in range(len(shards))]
+
+
+@pytest.mark.parametrize("kind", [
+    "jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "JPG", "Png", "TIFF"])
+def test_pictures_of_these_kinds_are_read(kind, tmp_path):
+    form = {"jpg": "JPEG", "tif": "TIFF"}.get(kind.lower(), kind.upper())
+    picture = saved(Image.new("RGB", (8, 8), "white"), form)
+    members = pair("a", "words", ".TXT", picture, "." + kind)
+    shards = Shards(write_shard(tmp_path / "a.tar", members), 8)
+    assert (shards[0][0] == 1).all() and shards[0][1] == "words"
+
+
+def test_captions_are_read_from_txt_then_caption_then_json(tmp_path):
+    three = [(".json", b'{"caption": "c", "width": 3}'), (".caption", b"b"), (".txt", b"a")]
+    for expected in "cba":
+        members = [("x.png", random_png(0))]
+        members += [("x" + suffix, data) for suffix, data in three[:"cba".index(expected) + 1]]
+        assert captions_of(Shards(write_shard(tmp_path / "x.tar", members), 8)) == [expected]
+
+
+@pytest.mark.parametrize("suffix, content", [
+    (".txt", "\ufeffa cat\n"), (".json", '\ufeff{"caption": " a cat"}')])
+def test_a_byte_order_mark_is_no_part_of_a_caption(suffix, content, tmp_path):
+    shards = Shards(write_shard(tmp_path / "a.tar", pair("a", content, suffix)), 8)
+    assert captions_of(shards) == ["a cat"]
+
+
+@pytest.mark.parametrize("suffix, content", [
+    (".txt", "one\n\n two \nthree\n"), (".json", '{"caption": ["one", "two", null, "three"]}')])
+def test_of_several_captions_one_is_drawn_by_seed_and_position(suffix, content, tmp_path):
+    file = write_shard(tmp_path / "a.tar", pair("a", content, suffix))
+    shards = Shards(file, 8, caption_lines=True)
+    drawn = lambda seed, first=0, **where: [
+        caption for _, captions in batches(shards, seed, first, 12, 2, **where)
+        for caption in captions]
+    assert set(drawn(0)) == {"one", "two", "three"}
+    assert drawn(0) == drawn(0, workers=2) and drawn(0) != drawn(1)
+    assert drawn(0, first=6) == drawn(0)[12:]  # resumed
+    halves = [drawn(0, rank=rank, world=2) for rank in (0, 1)]  # steps of four rows
+    assert halves[0][:2] + halves[1][:2] == drawn(0)[:4]
+
+
+def test_without_caption_lines_a_text_is_one_caption(tmp_path):
+    file = write_shard(tmp_path / "a.tar", pair("a", "one\ntwo\n"))
+    assert captions_of(Shards(file, 8)) == ["one\ntwo"]
+    file = write_shard(tmp_path / "a.tar", pair("a", "one\n\n"))
+    assert captions_of(Shards(file, 8, caption_lines=True)) == ["one"]
+
+
+@torch.no_grad()
+def test_encoding_keeps_all_captions(model_folder, tmp_path):
+    members = pair("a", '{"caption": ["one", "two"]}', ".json") + pair("b", "three\nfour")
+    file = write_shard(tmp_path / "a.tar", members)
+    assert encode(file, model_folder, tmp_path / "encoded", 32) == 0
+    encoded = Shards(tmp_path / "encoded", 32, caption_lines=True)
+    assert [encoded.captions(i) for i in range(2)] == [["one", "two"], ["three", "four"]]
+
+
+@pytest.fixture
+def four(tmp_path, monkeypatch):
+    """s[1]/00.tar to 03.tar, each with one sample whose caption is its number."""
+    (tmp_path / "s[1]").mkdir()
+    for i in range(4):
+        write_shard(tmp_path / "s[1]" / f"{i:02d}.tar", pair("x", str(i)))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("pattern, numbers", [
+    ("s[1]/{01..03}.tar", "123"), ("s[1]/0{0,2}.tar", "02"), ("{s[1],none}/{00..00}.tar", None),
+    ("s[1]", "0123"), ("s[1]/*.tar", "0123"), ("s?1?/0[13].tar", "13"), ("~/s[1]/02.tar", "2"),
+    ("s[1]/02.tar,s[1]/01.tar,s[1]/*2.tar", "12"), ("s[1]/{00,01}.tar,~/s[1]/03.tar", "013"),
+    ("s[1]/{02..04}.tar", None), ("s[1]/00.tar,none.tar", None)])
+def test_shards_are_named_by_patterns(pattern, numbers, four):
+    if numbers is None:
+        with pytest.raises(InputError, match=r"no such shards \(1 of"):
+            Shards(pattern, 8)
+    else:
+        assert sorted(captions_of(Shards(pattern, 8))) == list(numbers)
+
+
+def test_a_name_with_a_comma_or_braces_is_taken_as_it_stands(four):
+    for name in ("a,b.tar", "{1..2}.tar"):
+        write_shard(four / name, pair("x", "odd"))
+        assert captions_of(Shards(name, 8)) == ["odd"]
+
+
+def test_data_may_be_given_as_several_values(four, model_folder):
+    files = ["s[1]/00.tar", "s[1]/02.tar", "--data", "s[1]/03.tar"]
+    assert call(data.main, "--data", *files, "--out", "encoded", "--model", model_folder,
+                "--resolution", 32, "--device", "cpu") == 0
+    assert captions_of(Shards("encoded", 32)) == ["0", "2", "3"]
+
+
+@torch.no_grad()
+def test_a_plain_folder_is_read_and_encoded(tmp_path, model_folder):
+    for name, content in [*pair("a", "one"), *pair("deep/er/b.v2", "two", ".caption"),
+                          *pair("c", '{"caption": "three"}', ".json"), *pair(".hidden"),
+                          ("deep/alone.jpg", random_png(0)), ("notes.md", b"")]:
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(content)
+    shards = Shards(tmp_path / "in", 32)
+    assert captions_of(shards) == ["one", "three", "two"]
+    agree(shards[0][0], load_picture(random_png(0), 32))
+    assert "1 picture left out: no caption (.txt, .caption, .json)" in shards.notes()
+    assert encode(tmp_path / "in", model_folder, tmp_path / "encoded", 32) == 0
+    assert captions_of(Shards(tmp_path / "encoded", 32)) == ["one", "three", "two"]
+
+
+@pytest.mark.parametrize("name", ["x.tar.gz", "x.tgz", "x.tar", "x.tar.bz2"])
+def test_a_packed_tar_is_refused_with_the_command_that_unpacks_it(name, tmp_path):
+    mode = "w:bz2" if name.endswith("bz2") else "w:gz"
+    with tarfile.open(tmp_path / name, mode) as tar:
+        data.add_pair(tar, "a", "png", random_png(0), "words")
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(InputError, match=f"{name}: packed.*repack: ") as refused:
+            Shards(path, 8)
+    command = str(refused.value).partition("repack: ")[2]
+    subprocess.run(command, shell=True, check=True)
+    plain = command.rpartition("> ")[2]
+    assert captions_of(Shards(plain, 8)) == ["words"]
+
+
+@pytest.mark.parametrize("path, reason", [
+    ("pipe:cat a.tar", "any order"), ("s3://bucket/{00..10}.tar", "copy them"),
+    ("https://host/a.tar", "copy them")])
+def test_pipes_and_remote_shards_are_refused_with_the_reason(path, reason):
+    with pytest.raises(InputError, match=re.escape(path.split("{")[0]) + ".*" + reason):
+        Shards(path, 8)
+
+
+def test_members_that_are_no_samples_are_passed_over_and_counted(tmp_path):
+    members = pair("./v1.0/a", "kept") + [
+        ("./v1.0/._a.png", b"fork"), ("__MACOSX/a.png", b"fork"), ("__MACOSX/a.txt", b"fork"),
+        ("v1.0/README", b"text"), ("00_stats.json", b"{}"), ("00.parquet", b"PAR1"),
+        ("b.jpg", random_png(0)), ("c.jpg", random_png(0)), ("d.txt", b"no picture")]
+    file = write_shard(tmp_path / "a.tar", members)
+    with tarfile.open(file, "a") as tar:
+        for name, kind in (("folder.jpg", tarfile.DIRTYPE), ("e.jpg", tarfile.SYMTYPE),
+                           ("f.jpg", tarfile.LNKTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "./v1.0/a.png"
+            tar.addfile(info)
+    shards = Shards(file, 8)
+    assert captions_of(shards) == ["kept"]
+    assert shards.notes() == [
+        "1 caption left out: no picture of its name",
+        "3 files left out: hidden (._NAME, __MACOSX)",
+        "2 links left out: not followed",
+        "2 pictures left out: no caption (.txt, .caption, .json)"]
+
+
+def test_names_with_dots_go_together_up_to_the_last_one(tmp_path):
+    members = pair("v1.0/a", "one") + pair("v1.0/b.x", "two") + pair("v1.0/b.y", "three")
+    members += [("v1.0/a.seg.png", random_png(1))]  # a mask, which is no sample
+    shards = Shards(write_shard(tmp_path / "a.tar", members), 8)
+    assert captions_of(shards) == ["one", "two", "three"]
