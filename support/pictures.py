@@ -22,7 +22,10 @@ def decode(data):
     The published rewards' own code (HPSv2's score, ImageReward's score, PickScore's example) opens
     a file and does no more than PIL's convert("RGB"): no turn by EXIF, transparency dropped, 16-bit
     grey clipped to white. On such files its scores differ."""
-    picture = Image.open(io.BytesIO(data))
+    try:
+        picture = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:  # whose own message names an object in memory
+        raise UnidentifiedImageError("no kind of picture that PIL knows") from None
     picture.load()  # first: PIL turns a TIFF as it loads, and takes the tag away
     if picture.mode == "F":
         raise ValueError("pixels in floating point, of which nothing says what white is")
