@@ -270,7 +270,8 @@ class Config(runs.RunConfig):
                      "and the pocket's LRM takes its tokenizer/ (sd21: CLIP's own)")
     data: str | None = option(
         str(POCKET / "data" / "train-*.tar"),
-        "shards of pictures or of posteriors (data.py): a tar, a folder, or a glob")
+        "shards of pictures or of posteriors (data.py): tars, a folder of them or of pictures, "
+        "a glob, or {00000..01099}.tar", several=True)
     heldout: str | None = option(
         None, "shards for the retrieval accuracy, which no training sees; "
               "may be left out with the pocket's data, for the pocket's")
@@ -336,6 +337,7 @@ def check(args):
     at_least(1, args, "batch_size", "steps", "resolution", "warmup", "checkpoint_every",
              "log_every", "heldout_every", "keep")
     at_least(0, args, "workers", "weight_decay")
+    require(0 <= args.max_bad <= 1, f"--max-bad {args.max_bad}: expected 0 to 1")
     positive(args, "lr", "max_grad_norm")
     require(0 <= args.seed < 2**63, f"--seed {args.seed}: expected 0 to 2^63 - 1")
     require(args.train_text or args.text_tower is not None,
@@ -388,7 +390,8 @@ def posterior(tensors, vae, device):
 def read_pairs(args, device, dtype):
     """-> the shards to train on, the VAE if any hold pictures, the unscaled latents [N,C,s,s] of up
     to 256 held-out samples, and their N captions."""
-    shards = data.Shards(args.data, args.resolution)
+    shards = data.Shards(args.data, args.resolution, caption_lines=args.caption_lines,
+                         skip_bad=args.skip_bad_shards)
     heldout = data.Shards(args.heldout, args.resolution, "--heldout")
     vae = None
     if not (shards.encoded and heldout.encoded):
@@ -397,7 +400,7 @@ def read_pairs(args, device, dtype):
             f"--resolution {args.resolution}: expected a multiple of {vae and vae.factor}")
     tensors, captions = zip(*(heldout[i] for i in range(min(256, len(heldout)))))
     latents = posterior(torch.stack(tensors), vae, device)[0]
-    shape = tuple(posterior(shards[0][0][None], vae, device)[0].shape[1:])
+    shape = tuple(posterior(shards.first(1)[0][0][None], vae, device)[0].shape[1:])
     require(latents.shape[1:] == shape,
             f"--heldout {args.heldout}: latents {tuple(latents.shape[1:])}, "
             f"those of --data are {shape}; encode both alike")
@@ -449,6 +452,7 @@ def main():
     newest, start = runs.open_run(args, rank, world)
 
     shards, vae, heldout_latents, heldout_captions = read_pairs(args, device, dtype)
+    runs.record_skipped(args, shards.skipped, start, rank)
     shape = tuple(heldout_latents.shape[1:])  # (C, s, s)
 
     if newest:
@@ -465,9 +469,11 @@ def main():
         print(f"{millions:.1f} M parameters, {len(shards)} pairs, "
               f"{world} x {args.batch_size} a step, {device}, {str(dtype)[6:]}"
               + (f"; resumes at step {start}" if 0 < start < args.steps else ""))
-    stream = data.batches(
-        shards, args.seed, start, args.steps, args.batch_size, rank, world, args.workers)
-    log = runs.Log(out, start, args.steps, world * args.batch_size, rank)
+        for note in shards.notes():
+            print(note)
+    log = runs.Log(out, start, args.steps, world * args.batch_size, rank, world, args.max_bad)
+    stream = data.batches(shards, args.seed, start, args.steps, args.batch_size, rank, world,
+                          args.workers, log.broken)
 
     for step, (tensors, captions) in zip(range(start, args.steps), stream):
         places = data.positions(step, args.batch_size, rank, world)

@@ -43,6 +43,7 @@ from torch import nn
 
 from support import single_file
 from support.cli import autocast, pick_device, pick_precision, require, run
+from support.pictures import decode
 from support.reward_weights import (
     find_weights,
     open_clip_weights,
@@ -629,9 +630,10 @@ def recompute_activations(reward):
 # -------------------------------------------------------------------------------------- the command
 
 def read_picture(file):
-    """A picture file -> [1,3,H,W] in [0,1]."""
+    """A picture file -> [1,3,H,W] in [0,1], as people see it. Most published rewards' own code
+    does otherwise with some files: see support/pictures.py."""
     try:
-        picture = Image.open(file).convert("RGB")
+        picture = decode(Path(file).read_bytes())
     except Exception as error:
         raise InputError(f"{file}: not a readable picture ({first_line(error)})") from None
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255

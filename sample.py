@@ -68,11 +68,13 @@ def read_prompts(args):
     prompts = list(args.prompt)
     if args.prompts:
         try:
-            lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()
+            lines = Path(args.prompts).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--prompts {args.prompts}: not readable ({error}); "
                              "expected a UTF-8 text file, one prompt a line") from None
-        prompts += [line.strip() for line in lines if line.strip()]
+        found = [line.strip() for line in lines if line.strip()]
+        require(found, f"--prompts {args.prompts}: no prompt in it; expected one a line")
+        prompts += found
     return prompts or PROMPTS
 
 

@@ -53,7 +53,9 @@ class Config(runs.RunConfig):
         choices=tuple(PRESETS), group=runs.TRAINING)
     teacher: str | None = option(str(POCKET), "model folder of the teacher")
     data: str | None = option(
-        str(POCKET / "data" / "train-*.tar"), "shards: a tar, a folder, or a glob")
+        str(POCKET / "data" / "train-*.tar"),
+        "shards: tars, a folder of them or of pictures, a glob, or {00000..01099}.tar",
+        several=True)
     out: str = option("runs/pocket", "run folder; a run found there is resumed")
     resolution: int = option(64, "side of the training pictures in pixels")
     batch_size: int = option(16, "pictures per process in one pass")
@@ -376,6 +378,7 @@ def check(args):
     at_least(0, args, "workers", "norms_every", "rm_image_layers", "rm_text_layers")
     require(args.ddim_steps >= 2,
             f"--ddim-steps {args.ddim_steps}: expected 2 or more, the student's steps")
+    require(0 <= args.max_bad <= 1, f"--max-bad {args.max_bad}: expected 0 to 1")
     positive(args, "lr", "max_grad_norm", "rm_lr", "rm_tau", "rm_tau_lrm")
     require(0 <= args.ema < 1, f"--ema {args.ema}: expected 0 <= decay < 1")
     require(args.w_min <= args.w_max, f"--w-min {args.w_min} is more than --w-max {args.w_max}")
@@ -391,9 +394,9 @@ def check(args):
 
 def check_latents(args, shards, latent_rm, shape):
     """The latents of encoded shards and of the LRM must be those of this run: shape (4, h, w)."""
-    require(not shards.encoded or shards[0][0].shape == (2, *shape),
+    require(not shards.encoded or shards.shape == (2, *shape),
             f"--resolution {args.resolution} takes posteriors {(2, *shape)}, the shards hold "
-            f"{tuple(shards[0][0].shape)}: encode them at this resolution")
+            f"{tuple(shards.shape or ())}: encode them at this resolution")
     if latent_rm is not None:
         config = latent_rm.config
         reads = (config.latent_channels, config.latent_size, config.latent_size)
@@ -445,7 +448,9 @@ def main():
     networks = Networks.load(args, newest, device, dtype)
     optimizer = new_optimizer(networks, args, newest, device)
     solver = DDIMSolver(networks.model.schedule, args.ddim_steps)
-    shards = data.Shards(args.data, args.resolution)
+    shards = data.Shards(args.data, args.resolution, caption_lines=args.caption_lines,
+                         skip_bad=args.skip_bad_shards)
+    runs.record_skipped(args, shards.skipped, start, rank)
     side = networks.student.config.sample_size
     shape = (networks.model.vae.config.latent_channels, side, side)
     check_latents(args, shards, networks.latent_rm, shape)
@@ -453,15 +458,18 @@ def main():
         networks.compile()
 
     rows = args.batch_size * args.grad_accum
-    stream = data.batches(shards, args.seed, start, args.steps, rows, rank, world, args.workers)
-    prompts = [shards.caption(i) for i in range(min(8, len(shards)))]
+    prompts = [caption for _, caption in shards.first(8)]
     if main_process:
         cli.make_folder(out / "samples")
         millions = sum(p.numel() for p in networks.student.parameters()) / 1e6
         print(f"{millions:.1f} M parameters, {len(shards)} pictures, {world} x {rows} a step, "
               f"reward {args.reward}, {device}, {str(dtype)[6:]}"
               + (f"; resumes at step {start}" if 0 < start < args.steps else ""))
-    log = runs.Log(out, start, args.steps, world * rows, rank)
+        for note in shards.notes():
+            print(note)
+    log = runs.Log(out, start, args.steps, world * rows, rank, world, args.max_bad)
+    stream = data.batches(
+        shards, args.seed, start, args.steps, rows, rank, world, args.workers, log.broken)
 
     for step, (tensors, captions) in zip(range(start, args.steps), stream):
         places = data.positions(step, rows, rank, world)  # of these rows in the stream of samples

@@ -24,8 +24,9 @@ def parse(defaults, doc, argv=None, presets=None, published=None):
     """A dataclass instance -> the same with the command line's values.
 
     Each field's help stands in its metadata (option()), and there too: `choices`; `list`, which
-    makes an option repeatable; `group`, the heading in --help under which this field and those
-    after it stand. bools become --name/--no-name.
+    makes an option repeatable; `several`, which lets it take several values, joined by commas;
+    `group`, the heading in --help under which this field and those after it stand. bools become
+    --name/--no-name.
 
     presets: {name: {field: value}}. The one that --preset names takes the place of the defaults;
     an option given beside it wins. published: {field: value} that --help shows where they differ
@@ -48,6 +49,9 @@ def parse(defaults, doc, argv=None, presets=None, published=None):
         paper = (published or {}).get(field.name)
         add_option(section, field, getattr(defaults, field.name), paper)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    for field in dataclasses.fields(defaults):
+        if field.metadata.get("several") and isinstance(given.get(field.name), list):
+            given[field.name] = ",".join(given[field.name])
     return dataclasses.replace(defaults, **given)
 
 
@@ -65,6 +69,9 @@ def add_option(section, field, value, published):
             name, action=argparse.BooleanOptionalAction, default=value, help=text)
     elif meta.get("list"):
         section.add_argument(name, action="append", default=None, help=text)
+    elif meta.get("several"):
+        section.add_argument(
+            name, nargs="+", action="extend", default=None, help=text, metavar=name[2:].upper())
     else:
         section.add_argument(
             name, type=kind, default=value, choices=meta.get("choices"), help=text,

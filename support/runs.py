@@ -20,6 +20,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from support import cli
+from support.broken import Broken
 from support.cli import make_folder, option, require
 from support.weights import read_json, whole_folder, write_whole
 
@@ -29,7 +30,8 @@ except ImportError:
     SummaryWriter = None
 
 # headings of --help
-TRAINING, MACHINE, LOOKING = "what to train", "the machine", "looking and saving"
+TRAINING, DATA = "what to train", "the data"
+MACHINE, LOOKING = "the machine", "looking and saving"
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -45,13 +47,19 @@ class RunConfig:
         choices=("auto", "bf16", "fp32"))
     compile: bool = option(torch.cuda.is_available(), "torch.compile the networks")
     workers: int = option(0, "data loading processes")
+    caption_lines: bool = option(
+        False, "a caption file holds one caption a line, of which one is drawn", group=DATA)
+    max_bad: float = option(
+        0.01, "share of broken samples at which the run stops; before, others take their places")
+    skip_bad_shards: bool = option(False, "go on without damaged tars (config.json names them)")
     checkpoint_every: int = option(200, "steps between checkpoints", group=LOOKING)
     keep: int = option(2, "checkpoints kept")
 
 
 # What may be given otherwise when a run is resumed
 MAY_CHANGE = {"preset", "out", "checkpoint_every", "log_every", "norms_every", "sample_every",
-              "keep", "workers", "device", "compile", "evaluate", "heldout_every", "code"}
+              "keep", "workers", "device", "compile", "evaluate", "heldout_every", "code",
+              "max_bad", "skip_bad_shards"}
 
 
 # ---------------------------------------------------------------------------- one process of many
@@ -119,6 +127,7 @@ def open_run(args, rank, world):
         for left in (out / "checkpoints").glob(".step-*"):
             shutil.rmtree(left, ignore_errors=True)
         settings["code"] = code_of_run(out, start, args.steps)
+        settings["skipped_shards"] = skipped_shards(out)
         write_whole(out / "config.json", json.dumps(settings, indent=2) + "\n")
         announce(args, start)
     return newest, start
@@ -157,6 +166,25 @@ def code_of_run(out, start, steps):
     if trains and (not found or found[-1]["sources"] != now["sources"]):
         found = [*found, now]
     return found
+
+
+def skipped_shards(out):
+    file = out / "config.json"
+    return read_json(file).get("skipped_shards", []) if file.is_file() else []
+
+
+def record_skipped(args, skipped, start, rank):
+    """Keep the names of the damaged shards that the run goes without in config.json. A run that
+    goes on must go without the same ones: the order of samples hangs on them."""
+    out, now = Path(args.out), sorted(skipped)
+    before = skipped_shards(out)
+    require(start == 0 or now == before,
+            f"--out {out} was made without the damaged shards {before or 'none'}, now without "
+            f"{now or 'none'}: the samples would come in another order; bring back the shards as "
+            f"they were, or give another --out")
+    if rank == 0:
+        settings = read_json(out / "config.json") | {"skipped_shards": now}
+        write_whole(out / "config.json", json.dumps(settings, indent=2) + "\n")
 
 
 def state_of_code():
@@ -217,10 +245,11 @@ def save_checkpoint(out, step, networks, optimizer, keep):
 class Log:
     """log.jsonl, one JSON object a line, the same in TensorBoard, and the progress bar. Every
     process calls it, the first one writes. rows: samples that a step takes, those of all
-    processes."""
+    processes; max_bad: the share of broken ones, counted in `broken`, that stops the run."""
 
-    def __init__(self, out, start, steps, rows, rank):
+    def __init__(self, out, start, steps, rows, rank, world=1, max_bad=1.0):
         self.file, self.rows, self.writes = out / "log.jsonl", rows, rank == 0
+        self.broken = Broken(rows, max_bad, last_line(self.file, start), world)
         if self.writes and self.file.is_file():
             # drop what a killed run wrote after its last checkpoint; a kill may leave half a line
             lines = [line for line in self.file.read_text().splitlines() if line.endswith("}")]
@@ -266,7 +295,7 @@ class Log:
         seconds = (time.perf_counter() - self.clock) / (line["step"] - self.step)
         self.clock, self.step = time.perf_counter(), line["step"]
         line = line | {"seconds_per_step": round(seconds, 4),
-                       "images_per_second": round(self.rows / seconds, 2)}
+                       "images_per_second": round(self.rows / seconds, 2)} | self.broken.gather()
         if self.writes:
             with open(self.file, "a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -274,12 +303,28 @@ class Log:
             for name, value in flat(line).items():
                 self.board.add_scalar(name, value, line["step"])
         self.progress.set_postfix({key: f"{line[key]:.3f}" for key in shown if key in line})
+        self.broken.check(line["step"])
         return line
 
     def close(self):
         self.progress.close()
+        if self.writes and self.broken.counts:
+            print(f"{self.broken}; others took their places")
         if self.board:
             self.board.close()
+
+
+def last_line(file, step):
+    """The line of log.jsonl at that step or the last one before it -> dict; {} if there is none."""
+    if step == 0 or not file.is_file():
+        return {}
+    found = {}
+    for text in file.read_text().splitlines():
+        if text.endswith("}"):
+            line = json.loads(text)
+            if line["step"] <= step:
+                found = line
+    return found
 
 
 def flat(line):

@@ -1,13 +1,16 @@
 import shutil
 
+import numpy as np
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file
 
+import data
 from conftest import CLIP, agree, cut, rand
-from reward import load_reward
+from reward import load_reward, read_picture
 from support.weights import WEIGHTS, InputError
 
 PROMPTS = ["a red apple", "rocket", "a fish"]
@@ -62,6 +65,23 @@ def test_weights_are_frozen_and_get_no_gradient(reward):
     assert images.grad.abs().max() > 0
     assert not reward.training
     assert all(p.grad is None and not p.requires_grad for p in reward.parameters())
+
+
+def test_pictures_are_read_as_training_reads_them(tmp_path):
+    """Turned by EXIF, 16-bit grey scaled, transparency on white."""
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    pixels = np.zeros((16, 16, 4), np.uint8)
+    pixels[:4] = 255, 0, 0, 255
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    grey = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    for file in tmp_path.iterdir():
+        image = read_picture(file)
+        agree(image[0], data.load_picture(file.read_bytes(), 16) / 2 + 0.5, 1e-6)
+    turned = read_picture(tmp_path / "turned.png")[0]
+    assert (turned[:, 0] == 1).all() and turned[:, -1].mean().item() == pytest.approx(1 / 3)
+    assert read_picture(tmp_path / "grey.png").mean().item() == pytest.approx(0.5, abs=0.01)
 
 
 @torch.no_grad()

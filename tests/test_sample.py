@@ -88,6 +88,12 @@ def test_prompts_file_and_size(cli, tmp_path):
     assert {p.size for p in pictures} == {(32, 48)}
 
 
+def test_a_byte_order_mark_is_no_part_of_a_prompt(cli, tmp_path):
+    (tmp_path / "prompts.txt").write_text("rocket\n", encoding="utf-8-sig")
+    assert cli("--prompts", tmp_path / "prompts.txt") == 0
+    assert Image.open(tmp_path / "out" / "00000.png").text["prompt"] == "rocket"
+
+
 def test_the_teacher_is_sampled_with_ddim_and_a_negative_prompt_changes_the_picture(cli, tmp_path):
     teacher = ["--solver", "ddim", "--steps", 3]
     for name, negative in (("a", []), ("b", ["--negative", ""]), ("c", ["--negative", "a fish"])):
@@ -151,6 +157,9 @@ WRONG = {
     "no size at all": (["--size", "0x32"], None, "0x32"),
     "no such prompts file": (["--prompts", "MODEL/none.txt"], None, "none.txt"),
     "prompts file that is no text": (["--prompts", "MODEL/vae/" + WEIGHTS], None, WEIGHTS),
+    "prompts file without a prompt": (
+        ["--prompts", "MODEL/empty.txt"], lambda m: (m / "empty.txt").write_text(" \n\n"),
+        "empty.txt: no prompt"),
     "no such device": (["--device", "warp"], None, "warp"),
     "no pictures": (["--n", 0], None, "--n 0"),
     "no pictures at a time": (["--batch", 0], None, "--batch 0"),
