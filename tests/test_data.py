@@ -121,7 +121,10 @@ def test_what_is_transparent_is_white(mode):
 
 
 def test_a_palette_with_alpha_is_decoded_on_white(monkeypatch):
-    picture = half_clear("RGBA")[0].convert("PA")  # which no format of PIL's saves
+    picture = Image.new("P", (4, 4), 0)
+    picture.putpalette([0, 0, 0])
+    picture.putalpha(Image.new("L", (4, 4), 0))
+    assert picture.mode == "PA"  # which no format of PIL's saves
     monkeypatch.setattr(Image, "open", lambda file: picture)
     assert decode(b"").getpixel((0, 0)) == (255, 255, 255)
 
