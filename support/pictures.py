@@ -32,7 +32,7 @@ def decode(data):
     turn = TURNS.get(orientation(picture))
     if picture.mode.startswith("I"):
         picture = grey(picture)
-    if picture.has_transparency_data or picture.mode == "PA":  # PIL 10.1 forgets PA
+    if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     picture = picture.convert("RGB")
