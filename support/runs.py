@@ -22,7 +22,7 @@ from tqdm import tqdm
 from support import cli
 from support.broken import Broken
 from support.cli import make_folder, option, require
-from support.weights import read_json, whole_folder, write_whole
+from support.weights import InputError, read_json, whole_folder, write_whole
 
 try:  # the extra `tensorboard`: curves beside log.jsonl
     from torch.utils.tensorboard import SummaryWriter
@@ -303,7 +303,11 @@ class Log:
             for name, value in flat(line).items():
                 self.board.add_scalar(name, value, line["step"])
         self.progress.set_postfix({key: f"{line[key]:.3f}" for key in shown if key in line})
-        self.broken.check(line["step"])
+        try:
+            self.broken.check(line["step"])
+        except InputError:
+            self.progress.close()  # else the message stands behind the bar
+            raise
         return line
 
     def close(self):

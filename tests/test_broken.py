@@ -204,8 +204,8 @@ def test_a_run_stops_with_the_reason_once_too_much_is_broken(
         mixed, model_folder, tmp_path, capsys):
     argv = options(model_folder, mixed[0], tmp_path / "run", "--max-bad", 0)
     assert call(train.main, *argv) == 2
-    error = next(line for line in capsys.readouterr().err.splitlines() if "error: " in line)
-    assert "samples were broken" in error and "--max-bad 0" in error
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and "samples were broken" in error and "--max-bad 0" in error
 
 
 def test_two_processes_count_together(mixed, model_folder, tmp_path):
