@@ -28,6 +28,8 @@ from transformers import (
 
 import reward as rewards
 from conftest import ROOT, agree, call, rand, randomize
+from data import Shards
+from pipeline import grid
 from reward import load_reward
 from support import single_file
 from support.reward_weights import AsOpenClip, parameters_on_meta
@@ -181,7 +183,8 @@ def test_hpsv2_equals_open_clip_behind_the_published_preprocessing(size, files):
 @pytest.mark.parametrize("size", [(32, 32), (32, 35), (47, 32), (300, 180), (29, 40)], ids=str)
 @torch.no_grad()
 def test_pickscore_equals_transformers_on_png_files(size, files, tmp_path):
-    sheet = Image.open(ROOT / "pocket" / "grid.png").convert("RGB")
+    shards = Shards(ROOT / "pocket/data/heldout-000.tar", 64)
+    sheet = grid(torch.stack([shards[i][0] for i in range(60)]) / 2 + 0.5, 12)
     paths = [tmp_path / f"{i}.png" for i in range(3)]
     for i, path in enumerate(paths):
         sheet.crop((7 + 60 * i, 5, 7 + 60 * i + size[1], 5 + size[0])).save(path)
