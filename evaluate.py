@@ -17,7 +17,7 @@ from tqdm import tqdm
 from data import Shards
 from lcm_solver import lcm_timesteps
 from pipeline import Pipeline, labelled_grid, save_png
-from reward import load_reward
+from reward import load_reward, parse_spec
 from support import cli
 from support.cli import POCKET, at_least, option, parse, require, run
 from support.weights import InputError, read_json, write_whole
@@ -25,6 +25,7 @@ from unet import UNet
 
 RESULTS = POCKET / "results.json"  # what build.py recorded: real pictures, teacher and plain LCM
 JUDGE = POCKET / "judge"
+SIDE = 64  # pixels of the pocket's pictures, and of those recorded
 
 
 @dataclass
@@ -88,16 +89,16 @@ class Scorer:
         return row | {"scores": by_prompt["judge"].cpu().tolist()}
 
 
-def draw_all(model, unet, prompts, steps, w, solver, batch, n=1):
-    """n rounds of one picture per prompt, picture i from seed i, `batch` at a time
-    -> images [n*N,3,H,W] in [0,1] on the CPU, seconds."""
+def draw_all(model, unet, prompts, steps, w, solver, batch, n=1, size=None):
+    """n rounds of one picture per prompt, picture i from seed i, `batch` at a time; size: (H, W) in
+    pixels, the UNet's own if None -> images [n*N,3,H,W] in [0,1] on the CPU, seconds."""
     unet.eval()
     prompts, images, start = prompts * n, [], time.perf_counter()
     firsts = range(0, len(prompts), batch)
     for first in tqdm(firsts, desc=f"{solver} {steps} steps", leave=False):
         part = prompts[first:first + batch]
         seeds = range(first, first + len(part))
-        images.append(model.draw(unet, part, seeds, steps, w, solver).cpu())
+        images.append(model.draw(unet, part, seeds, steps, w, solver, size).cpu())
     return torch.cat(images), time.perf_counter() - start
 
 
@@ -121,10 +122,10 @@ def difference(row, other):
     return d.mean().item(), (d.std() / len(d) ** 0.5).item()
 
 
-def recorded(args, prompts):
-    """What of pocket/results.json may stand beside this comparison. -> {"teacher": row, "plain":
-    row}, each only if it was made with the same options."""
-    if not RESULTS.is_file() or len(prompts) != Config.limit:
+def recorded(args, prompts, side):
+    """What of pocket/results.json may stand beside a comparison of pictures of that side. ->
+    {"teacher": row, "plain": row}, each only if it was made with the same options."""
+    if not RESULTS.is_file() or len(prompts) != Config.limit or side != SIDE:
         return {}
     same = lambda *names: all(getattr(args, name) == getattr(Config, name) for name in names)
     record, found = read_json(RESULTS), {}
@@ -174,7 +175,8 @@ def compare(args, device, dtype):
     # called for its error: a wrong number of steps is refused before any work
     lcm_timesteps(model.schedule, args.steps, student.config.lcm_grid or 50)
     real, prompts, shown = read_prompts(args, student.config.sample_size * model.vae.factor)
-    score, record = Scorer(prompts, args.reward, device), recorded(args, prompts)
+    size = real.shape[-2:]  # the student's, at which the teacher draws too
+    score, record = Scorer(prompts, args.reward, device), recorded(args, prompts, size[0])
     rows, pictures = [], {"real": real[shown]}
 
     if args.real:
@@ -188,10 +190,10 @@ def compare(args, device, dtype):
         if "teacher" in record and not args.teacher_n:  # only what is shown has to be drawn
             rows.append(record["teacher"])
             pictures[name] = model.draw(
-                teacher, [prompts[i] for i in shown], shown, steps, w, "ddim").cpu()
+                teacher, [prompts[i] for i in shown], shown, steps, w, "ddim", size).cpu()
         else:
             images, seconds = draw_all(
-                model, teacher, prompts, steps, w, "ddim", args.batch, max(1, args.teacher_n))
+                model, teacher, prompts, steps, w, "ddim", args.batch, max(1, args.teacher_n), size)
             calls = 2 * steps  # conditional and unconditional
             rows.append(score(f"teacher, {steps}-step DDIM", images, calls, seconds))
             pictures[name] = images[shown]
@@ -213,8 +215,8 @@ def report(args, rows, pictures, captions, out):
     for other in rows[:-1]:
         mean, se = difference(rows[-1], other)
         print(f"judge, student minus {other['name'].split(' (')[0]}: {mean:+.4f} ± {se:.4f}")
-    if args.reward.startswith("pocket=") and Path(args.reward[7:]).resolve() == JUDGE:
-        print("the judge is the reward that was maximised here: its scores say nothing")
+    if any(path and Path(path).resolve() == JUDGE for _, _, path, _ in parse_spec(args.reward)):
+        print("the judge is part of the reward that was maximised: its scores say nothing")
     titles = [caption.split(",")[0] for caption in captions]
     sheet = labelled_grid(torch.cat(list(pictures.values())), list(pictures), titles, scale=2)
     save_png(sheet, out / "grid.png", prompts=" | ".join(captions))

@@ -328,7 +328,7 @@ def retrieval(latent_rm, latents, captions):
 
 
 def check(args):
-    runs.check_preset(args, "data", "model")
+    runs.check_preset(args, "data", *(["model"] if args.size == "pocket" else []))
     if args.heldout is None:
         require(args.data == Config.data,
                 f"--data {args.data} without --heldout: "
@@ -395,6 +395,7 @@ def read_pairs(args, device, dtype):
     heldout = data.Shards(args.heldout, args.resolution, "--heldout")
     vae = None
     if not (shards.encoded and heldout.encoded):
+        runs.check_preset(args, "model")
         vae = VAE.from_pretrained(args.model, dtype, device).requires_grad_(False)
     require(vae is None or args.resolution % vae.factor == 0,
             f"--resolution {args.resolution}: expected a multiple of {vae and vae.factor}")

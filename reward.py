@@ -31,6 +31,7 @@ import json
 import math
 import re
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -312,9 +313,13 @@ class Function(Reward):
     def call(self, images, prompts):
         """What the function gives; InputError with the place in the user's file if it raises."""
         try:
-            return self.function(images, prompts)
+            found = self.function(images, prompts)
+            return list(found) if isinstance(found, Iterator) else found
         except Exception as error:  # whatever the user's function may raise
-            place = traceback.extract_tb(error.__traceback__)[-1]
+            frames = traceback.extract_tb(error.__traceback__)
+            code = getattr(self.function, "__code__", None)
+            own = [frame for frame in frames if code and frame.filename == code.co_filename]
+            place = (own or frames)[-1]  # not a line of PyTorch's that it called
             kind = "uint8 images" if images.dtype == torch.uint8 else "images"
             raise InputError(
                 f"{self.name}: raised {type(error).__name__}: {error} "
@@ -644,14 +649,16 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False)
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture files")
-    parser.add_argument("--reward", default="pocket",
-                        help="reward model, see above (default: pocket)")
-    parser.add_argument("--prompt", action="append", required=True,
-                        help="one for all pictures, or repeated, one a picture")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--precision", default="fp32", choices=("auto", "bf16", "fp32"),
-                        help="arithmetic of the networks (default: fp32)")
+    what = parser.add_argument_group("what to score")
+    what.add_argument("images", nargs="+", metavar="IMAGE", help="picture files")
+    what.add_argument("--reward", default="pocket",
+                      help="reward model, see above (default: pocket)")
+    what.add_argument("--prompt", action="append", required=True,
+                      help="one for all pictures, or repeated, one a picture")
+    machine = parser.add_argument_group("the machine")
+    machine.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    machine.add_argument("--precision", default="fp32", choices=("auto", "bf16", "fp32"),
+                         help="arithmetic of the networks (default: fp32)")
     args = parser.parse_intermixed_args()
     require(len(args.prompt) in (1, len(args.images)),
             f"{len(args.images)} images for {len(args.prompt)} prompts; "

@@ -14,7 +14,7 @@ To resume, run the same command. All randomness is a function of the seed and of
 in the stream of samples, so a resumed run draws the same, and so does a run on another number of
 processes with as many pictures a step.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,7 +36,7 @@ W_DIM = 256  # width of the guidance embedding
 # The published recipe, where it differs from the pocket's defaults below.
 PUBLISHED = {"resolution": 512, "steps": 10_000, "lr": 1e-6, "lr_schedule": "constant", "warmup": 1,
              "ddim_steps": 50, "w_min": 5.0, "w_max": 15.0, "reward": "hpsv2.1",
-             "reward_scale": 1.0}
+             "reward_scale": 1.0, "rm_batch": 16, "rm_tau": 0.01, "rm_tau_lrm": 0.01}
 ANY_SIZE = {"teacher": None, "data": None, "grad_checkpoint": True, "workers": 8}
 PRESETS = {
     "pocket": {},
@@ -101,7 +101,7 @@ class Config(runs.RunConfig):
     log_every: int = option(10, "steps between lines of log.jsonl", group=runs.LOOKING)
     norms_every: int = option(
         100, "steps between measurements of the gradient of the distillation and of the reward "
-             "apart, each of which costs half a step; 0: never")
+             "apart, each of which costs a pass without reward; 0: never")
     sample_every: int = option(200, "steps between sample grids")
     evaluate: bool = option(True, "end a run on the pocket with the comparison table")
 
@@ -197,8 +197,8 @@ def direct_reward(model, reward, latents, captions, args):
     pixels.
     """
     if args.grad_checkpoint:  # picture by picture: the backward pass holds the activations of one
-        rows = [checkpoint(model.decode, row, use_reentrant=False) for row in latents.split(1)]
-        images = torch.cat(rows)
+        images = torch.cat([
+            checkpoint(model.decode, one, use_reentrant=False) for one in latents.split(1)])
     else:
         images = model.decode(latents)
     parts = {name: scores.mean() for name, scores in reward.parts(images, captions).items()}
@@ -317,44 +317,63 @@ def new_optimizer(networks, args, newest, device):
 
 # --------------------------------------------------------------------------------------- the loop
 
-def loss_of(networks, solver, batch, args, rewarded=True):
+def loss_of(networks, solver, batch, args, with_reward=True):
     """distillation_loss by the networks of a run, in its arithmetic."""
-    reward, latent_rm = (networks.reward, networks.latent_rm) if rewarded else (None, None)
+    reward, latent_rm = (networks.reward, networks.latent_rm) if with_reward else (None, None)
     with cli.autocast(networks.model.device, networks.model.dtype):
         return distillation_loss(
             networks.model, networks.teacher, networks.student, networks.target, reward,
             solver, batch, args, latent_rm)
 
 
-def optimizer_step(networks, optimizer, solver, step, tensors, captions, draws, args, world):
-    """One optimizer step: the passes over its rows, their mean gradient, AdamW, the EMA.
+def add_gradients(networks, weights, solver, batch, args, measured):
+    """Add the gradient of one pass to the weights'. -> {name: tensor}, and if it is measured the
+    gradient of L_LCD alone: what is left of the whole is the reward's."""
+    with cli.fast_attention(networks.model.device):
+        loss, stats = loss_of(networks, solver, batch, args)
+        (loss / args.grad_accum).backward()
+        if not measured:
+            return stats, []
+        loss, _ = loss_of(networks, solver, batch, args, with_reward=False)
+        return stats, list(torch.autograd.grad(loss / args.grad_accum, weights))
+
+
+def gradients_of(networks, weights, rm_weights, solver, tensors, captions, draws, args, measured,
+                 world):
+    """The mean gradient over the passes of a step and over all processes, into the weights.
     -> {name: tensor} of what is logged"""
-    weights, rm_weights = (group["params"] for group in optimizer.param_groups)
-    device = networks.model.device
-    optimizer.zero_grad(set_to_none=True)
-    # every so often the gradient of L_LCD alone, too: what is left of the whole is the reward's
-    apart = networks.reward and args.norms_every and (step + 1) % args.norms_every == 0
-    plain = [torch.zeros_like(p) for p in weights] if apart else []
-    totals = {}
+    totals, lcd_gradient = {}, []
     for first in range(0, len(captions), args.batch_size):
-        rows = slice(first, first + args.batch_size)
-        images = tensors[rows].to(device, non_blocking=True)
-        batch = images, captions[rows], [draw[rows] for draw in draws]
-        with cli.fast_attention(device):
-            loss, stats = loss_of(networks, solver, batch, args)
-            (loss / args.grad_accum).backward()
-            if apart:
-                loss, _ = loss_of(networks, solver, batch, args, rewarded=False)
-                gradient = torch.autograd.grad(loss / args.grad_accum, weights)
-                torch._foreach_add_(plain, gradient)
+        part = slice(first, first + args.batch_size)
+        images = tensors[part].to(networks.model.device, non_blocking=True)
+        batch = images, captions[part], [draw[part] for draw in draws]
+        stats, more = add_gradients(networks, weights, solver, batch, args, measured)
+        if lcd_gradient:
+            torch._foreach_add_(lcd_gradient, more)
+        else:
+            lcd_gradient = more
         for key, value in stats.items():
             totals[key] = totals.get(key, 0) + value / args.grad_accum
 
-    runs.average_over_processes([p.grad for p in weights + rm_weights] + plain, world)
-    if apart:
-        rest = torch._foreach_sub([p.grad for p in weights], plain)
-        totals["grad_norm/lcd"] = torch.nn.utils.get_total_norm(plain)
-        totals["grad_norm/reward"] = torch.nn.utils.get_total_norm(rest)
+    gradients = [p.grad for p in weights + rm_weights]
+    runs.average_over_processes(gradients + lcd_gradient, world)
+    if measured:
+        lcd = [g.norm() for g in lcd_gradient]
+        reward = [(p.grad - g).norm() for p, g in zip(weights, lcd_gradient)]
+        totals["grad_norm/lcd"] = torch.stack(lcd).norm()
+        totals["grad_norm/reward"] = torch.stack(reward).norm()
+    return totals
+
+
+def optimizer_step(networks, optimizer, solver, step, tensors, captions, draws, args, world):
+    """One optimizer step: the mean gradient over its rows, AdamW, the EMA. -> {name: tensor} of
+    what is logged"""
+    weights, rm_weights = (group["params"] for group in optimizer.param_groups)
+    optimizer.zero_grad(set_to_none=True)
+    due = args.norms_every > 0 and step % args.norms_every == 0
+    totals = gradients_of(networks, weights, rm_weights, solver, tensors, captions, draws, args,
+                          due and networks.reward is not None, world)
+
     # Norms are 1.6 to 12 on the pocket, so this always shortens: every step enters AdamW's moments
     # with the same length, and one long gradient does not drown the others.
     totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
@@ -382,8 +401,9 @@ def check(args):
     positive(args, "lr", "max_grad_norm", "rm_lr", "rm_tau", "rm_tau_lrm")
     require(0 <= args.ema < 1, f"--ema {args.ema}: expected 0 <= decay < 1")
     require(args.w_min <= args.w_max, f"--w-min {args.w_min} is more than --w-max {args.w_max}")
+    given = replace(Config(), **PRESETS[args.preset])
     idle = [f"--{name.replace('_', '-')}" for name, value in vars(args).items()
-            if name.startswith("rm_") and value != getattr(Config, name)]
+            if name.startswith("rm_") and value != getattr(given, name)]
     require(args.latent_rm is not None or not idle,
             f"{', '.join(idle)}: of the latent proxy reward model, and there is none; "
             f"give --latent-rm too")

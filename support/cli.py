@@ -39,8 +39,7 @@ def parse(defaults, doc, argv=None, presets=None, published=None):
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     own = type(defaults).__annotations__  # shown before those of a base class
-    groups = {None: parser}
-    section = parser
+    groups, section = {}, parser
     for field in sorted(dataclasses.fields(defaults), key=lambda field: field.name not in own):
         title = field.metadata.get("group")
         if title is not None:

@@ -58,8 +58,8 @@ class RunConfig:
 
 # What may be given otherwise when a run is resumed
 MAY_CHANGE = {"preset", "out", "checkpoint_every", "log_every", "norms_every", "sample_every",
-              "keep", "workers", "device", "compile", "evaluate", "heldout_every", "code",
-              "max_bad", "skip_bad_shards"}
+              "keep", "workers", "device", "compile", "evaluate", "heldout_every", "max_bad",
+              "skip_bad_shards"}
 
 
 # ---------------------------------------------------------------------------- one process of many
@@ -156,12 +156,17 @@ def code_of_run(out, start, steps):
     """What the run was made with so far, and the present sources if they train it now; says so
     if these are others. -> [{"from_step", "commit", "sources"}, ...]"""
     file, found = out / "config.json", []
-    if start > 0 and file.is_file():
-        found = read_json(file).get("code", [])
     now = {"from_step": start} | state_of_code()
-    if found and found[-1]["sources"] != now["sources"]:
-        print(f"{out}: the code has changed since step {found[-1]['from_step']} "
-              f"(commit {found[-1]['commit']}, now {now['commit']})")
+    if start > 0 and file.is_file():
+        # an entry from here on trained nothing that was kept
+        found = [one for one in read_json(file).get("code", []) if one["from_step"] < start]
+        if not found:
+            print(f"{out}: begun with other code, before its config.json kept which")
+        elif found[-1]["sources"] != now["sources"]:
+            was = found[-1]
+            print(f"{out}: the code has changed since step {was['from_step']}: sources "
+                  f"{was['sources']} (commit {was['commit']}), now {now['sources']} "
+                  f"(commit {now['commit']})")
     trains = start < steps
     if trains and (not found or found[-1]["sources"] != now["sources"]):
         found = [*found, now]
@@ -188,11 +193,13 @@ def record_skipped(args, skipped, start, rank):
 
 
 def state_of_code():
-    """The commit, with "-dirty" if files differ from it, and a hash of the sources as they are."""
+    """The commit, with "-dirty" if files differ from it, and a hash of the sources as they are:
+    the .py files beside train.py and in support/."""
     sources = hashlib.sha256()
     for file in sorted([*ROOT.glob("*.py"), *ROOT.glob("support/*.py")]):
         sources.update(file.name.encode() + file.read_bytes())
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12",
+               "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
         commit = done.stdout.strip() or None

@@ -78,6 +78,12 @@ def test_help_stands_in_groups_with_defaults_and_where_they_differ_published_val
     assert "where it runs (default: auto)" in words
 
 
+def test_a_published_value_that_is_the_default_is_not_said_again(capsys):
+    with pytest.raises(SystemExit):
+        parse("--preset", "sd21", "--help")
+    assert "published" not in capsys.readouterr().out
+
+
 def test_an_unknown_preset_is_refused(capsys):
     with pytest.raises(SystemExit):
         parse("--preset", "sd3")

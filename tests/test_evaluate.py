@@ -1,12 +1,15 @@
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import evaluate
 from conftest import ROOT, call, rand
 from data import Shards
 from evaluate import Scorer, difference
+from unet import UNet
 
 
 def test_pocket_holds_out_256_pictures_whose_captions_are_not_in_training():
@@ -63,7 +66,7 @@ def test_shipped_student_draws_held_out_prompts_in_two_steps(tmp_path, capsys):
 def test_teacher_and_student_each_draw_as_many_pictures_a_prompt_as_asked(tmp_path, monkeypatch):
     drawn = []
 
-    def draw_all(model, unet, prompts, steps, w, solver, batch, n=1):
+    def draw_all(model, unet, prompts, steps, w, solver, batch, n=1, size=None):
         drawn.append((solver, n))
         return torch.rand(n * len(prompts), 3, 64, 64), 1.0
 
@@ -87,18 +90,24 @@ def test_the_reward_that_is_asked_for_is_in_the_table_and_a_judge_as_reward_is_t
     ((row,), said) = rows_of(tmp_path, capsys, "--limit", 8, "--reward", judge)
     assert row["reward"] == pytest.approx(row["judge"], abs=1e-5)
     assert f"reward {judge}" in said and "its scores say nothing" in said
+    (_, said) = rows_of(tmp_path, capsys, "--limit", 8, "--reward", f"jpeg*0.1+{judge}*2")
+    assert "its scores say nothing" in said
     ((row,), said) = rows_of(tmp_path, capsys, "--limit", 8, "--reward", "jpeg")
     assert row["reward"] < 0 < row["judge"] and "say nothing" not in said
 
 
 def test_recorded_rows_stand_only_beside_what_was_made_the_same_way():
     prompts = ["x"] * 256
-    rows = lambda prompts=prompts, **changes: evaluate.recorded(evaluate.Config(**changes), prompts)
+    def rows(prompts=prompts, side=64, **changes):
+        return evaluate.recorded(evaluate.Config(**changes), prompts, side)
+
     both = rows()
     assert set(both) == {"teacher", "plain"}
     for row in both.values():
         assert "(recorded" in row["name"] and len(row["scores"]) == 256 and row["reward"] > 0
-    assert set(rows(guidance=2.0)) == set(rows(prompts[:10])) == set()
+    assert set(rows(guidance=2.0)) == set(rows(prompts[:10])) == set(rows(side=32)) == set()
+    assert set(rows(model="other")) == set(rows(data="other")) == set()
+    assert set(rows(steps=4)) == {"teacher"}
     assert set(rows(teacher_steps=20)) == {"plain"} and set(rows(n=1)) == {"teacher"}
     other = rows(reward="jpeg")  # by which the recorded pictures were not scored
     assert [row["reward"] for row in other.values()] == [None, None]
@@ -124,6 +133,40 @@ def test_the_teachers_row_comes_from_the_record_unless_it_is_asked_to_draw(
         names = [row["name"] for row in json.loads((tmp_path / "results.json").read_text())]
         assert code == 0 and drawn == expected and len(shown) == (0 if teacher_n else 2)
         assert ("teacher, 50-step DDIM (recorded)" in names) == (teacher_n == 0)
+
+
+def test_the_grid_shows_the_prompts_that_were_asked_for_under_their_names(tmp_path, monkeypatch):
+    def draw_all(model, unet, prompts, steps, w, solver, batch, n=1, size=None):
+        shades = torch.arange(len(prompts)) / 10  # picture i has shade i / 10
+        return shades.view(-1, 1, 1, 1).expand(-1, 3, *size_of(size)), 1.0
+
+    size_of = lambda size: size or (64, 64)
+    monkeypatch.setattr(evaluate, "draw_all", draw_all)
+    code = call(evaluate.main, "--limit", 8, "--n", 1, "--teacher-steps", 0, "--show", "3,1",
+                "--out", tmp_path, "--device", "cpu")
+    sheet = torch.from_numpy(np.array(Image.open(tmp_path / "grid.png"))).float() / 255
+    assert code == 0
+    student = sheet[-128:, -256:]  # the last row: two pictures, twice as large
+    for column, shade in ((0, 0.3), (1, 0.1)):
+        part = student[:, 128 * column:128 * (column + 1)]
+        assert (part - shade).abs().max() < 0.01
+    assert sheet[:-256, -256:].min() < 0.5 and sheet[-256:, :-256].min() < 0.5  # the words
+
+
+def test_a_student_of_another_size_is_compared_at_its_own(tmp_path, monkeypatch):
+    sizes = []
+
+    def draw(self, unet, prompts, seeds, steps, w, solver="lcm", size=None, **more):
+        sizes.append(size and tuple(size))
+        side = unet.config.sample_size * 4
+        return torch.rand(len(prompts), 3, *(size or (side, side)))
+
+    student = UNet.from_pretrained(ROOT / "pocket/student", sample_size=8)
+    student.save_pretrained(tmp_path / "unet")
+    monkeypatch.setattr(evaluate.Pipeline, "draw", draw)
+    code = call(evaluate.main, "--limit", 8, "--n", 1, "--unet", tmp_path / "unet", "--out",
+                tmp_path, "--device", "cpu")
+    assert code == 0 and sizes == [(32, 32), None]  # the teacher's, the student's own
 
 
 @pytest.mark.parametrize("numbers", ["1,x", "", "0,8", "-1"])

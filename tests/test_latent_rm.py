@@ -517,11 +517,12 @@ def test_heldout_latents_of_another_size_are_refused(pretrain, tmp_path, capsys)
 
 
 def test_the_preset_is_the_published_pre_training_and_asks_for_what_it_leaves_open(
-        tmp_path, capsys):
+        shard, tmp_path, capsys):
     args = cli.parse(script.Config(), "", ["--preset", "sd21", "--steps", "7"], script.PRESETS)
     assert (args.size, args.batch_size, args.lr, args.resolution) == ("sd21", 480, 5e-4, 512)
     assert (args.warmup, args.weight_decay, args.steps) == (10_000, 0.2, 7)
-    for given, asked in (([], "data"), (["--data", "x"], "model")):
+    pictures = ["--data", shard, "--heldout", shard]  # which a VAE has to encode
+    for given, asked in (([], "data"), (pictures, "model")):
         argv = ["--preset", "sd21-768", *given, "--out", tmp_path]
         assert call(script.main, *argv) == 2
         assert f"--preset sd21-768 needs --{asked}" in capsys.readouterr().err

@@ -784,6 +784,24 @@ def test_a_function_that_raises_is_named_with_its_line_and_what_it_was_given():
         load_reward(f"python:{__name__}.raises")(pictures(), PROMPTS)
 
 
+def yields(images, prompts):
+    for _ in prompts:
+        yield {}["nothing"]
+
+
+def test_the_line_named_is_the_users_own_also_in_a_generator_or_where_pytorch_raises():
+    line = yields.__code__.co_firstlineno + 2
+    with pytest.raises(InputError, match=rf"raised KeyError: .*test_reward_models.py, line {line}"):
+        load_reward(f"python:{__name__}.yields")(pictures(), PROMPTS)
+    line = misshapen.__code__.co_firstlineno + 1
+    with pytest.raises(InputError, match=rf"test_reward_models.py, line {line}"):
+        load_reward(f"torch:{__name__}.misshapen")(pictures(), PROMPTS)
+
+
+def misshapen(images, prompts):
+    return F.interpolate(images, (2, 2, 2))
+
+
 def test_a_function_must_give_one_number_an_image():
     with pytest.raises(InputError, match="two_scores: gave 2 numbers for 3 images"):
         load_reward(f"python:{__name__}.two_scores")(pictures(), PROMPTS)

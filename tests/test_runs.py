@@ -1,5 +1,6 @@
 """support/runs.py, apart from what test_train.py and test_latent_rm.py show of whole runs."""
 import json
+import subprocess
 from dataclasses import dataclass
 
 import pytest
@@ -19,7 +20,7 @@ class Config(runs.RunConfig):
 def code(monkeypatch):
     """code(sources): from now on the sources are these."""
     def become(sources):
-        state = {"commit": f"commit of {sources}", "sources": sources}
+        state = {"commit": "0123456789ab-dirty", "sources": sources}  # while editing: the same
         monkeypatch.setattr(runs, "state_of_code", lambda: state)
     return become
 
@@ -44,13 +45,31 @@ def test_a_run_remembers_each_state_of_the_sources_that_trained_it(code, tmp_pat
     code("b")
     start(tmp_path, 4)
     said = capsys.readouterr().out
-    assert "the code has changed since step 0 (commit commit of a, now commit of b)" in said
+    assert "the code has changed since step 0: sources a (commit" in said
     assert record(tmp_path) == [(0, "a"), (4, "b")]
+    code("a")
+    start(tmp_path)  # nothing that b trained was kept
+    assert record(tmp_path) == [(0, "a")] and "changed" not in capsys.readouterr().out
+    code("b")
+    start(tmp_path, 6)
+    assert record(tmp_path) == [(0, "a"), (6, "b")]
+    capsys.readouterr()
     code("c")
     start(tmp_path, 10)  # finished: c trains nothing
     said = capsys.readouterr().out
     assert "the code has changed" in said and "nothing was trained" in said
-    assert record(tmp_path) == [(0, "a"), (4, "b")]
+    assert record(tmp_path) == [(0, "a"), (6, "b")]
+
+
+def test_a_run_from_before_the_record_is_told_apart(code, tmp_path, capsys):
+    code("b")
+    start(tmp_path)
+    file = tmp_path / "config.json"
+    old = json.loads(file.read_text())
+    del old["code"]
+    file.write_text(json.dumps(old))
+    start(tmp_path, 2)
+    assert "begun with other code" in capsys.readouterr().out and record(tmp_path) == [(2, "b")]
 
 
 def test_the_hash_of_the_sources_changes_with_any_of_them(tmp_path, monkeypatch):
@@ -68,9 +87,42 @@ def test_the_hash_of_the_sources_changes_with_any_of_them(tmp_path, monkeypatch)
     assert runs.state_of_code()["commit"] is None  # no repository there
 
 
-def test_the_commit_is_that_of_the_repository():
-    commit = runs.state_of_code()["commit"]
-    assert commit is None or len(commit.removesuffix("-dirty")) >= 7
+def test_the_commit_is_that_of_the_repository_and_says_if_files_differ(tmp_path, monkeypatch):
+    def git(*words):
+        who = ["-c", "user.name=x", "-c", "user.email=x@x"]
+        command = ["git", "-C", str(tmp_path), *who, *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    (tmp_path / "train.py").write_text("x = 1\n")
+    git("init"), git("add", "."), git("commit", "-m", "one"), git("tag", "-a", "v1", "-m", "v1")
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    commit = git("rev-parse", "--short=12", "HEAD")
+    assert runs.state_of_code()["commit"] == commit
+    (tmp_path / "train.py").write_text("x = 2\n")
+    assert runs.state_of_code()["commit"] == f"{commit}-dirty"
+
+
+def test_every_line_is_a_point_of_each_curve_in_tensorboard(tmp_path, monkeypatch):
+    points = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            points.append((folder.name, purge_step))
+
+        def add_scalar(self, name, value, step):
+            points.append((name, value, step))
+
+        def close(self):
+            points.append("closed")
+
+    monkeypatch.setattr(runs, "SummaryWriter", Writer)
+    log = runs.Log(tmp_path, 2, 4, 1, rank=0)
+    log({"step": 3, "lcd": 0.5, "lcd_at": {"99": 0.25}}, (), "")
+    log.close()
+    other = runs.Log(tmp_path, 2, 4, 1, rank=1)  # another process: writes nothing
+    assert other.board is None
+    assert points[0] == ("tensorboard", 3) and points[-1] == "closed"
+    assert ("lcd", 0.5, 3) in points and ("lcd_at/99", 0.25, 3) in points
 
 
 def test_means_are_of_all_that_was_added_since_the_last(tmp_path):
