@@ -6,7 +6,7 @@ import open_clip
 import pytest
 import torch
 from diffusers.loaders import single_file_utils as reference
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import export
@@ -170,7 +170,8 @@ def test_what_published_files_hold_besides_is_passed_over(kind, teacher, file):
 @pytest.mark.parametrize("component", [UNet, VAE, TextEncoder])
 def test_a_missing_or_surplus_tensor_is_named(component, file):
     name = {UNet: "unet", VAE: "vae", TextEncoder: "text_encoder"}[component]
-    state = load_file(file)
+    # not mapped: safetensors before 0.8 writes into the file that is there
+    state = load(file.read_bytes())
     key = next(k for k in state if k.startswith(single_file.PREFIX[name]))
     save_file({k: v for k, v in state.items() if k != key}, file)
     with pytest.raises(InputError, match=key):
