@@ -190,7 +190,7 @@ def compare(args, device, dtype):
         if "teacher" in record and not args.teacher_n:  # only what is shown has to be drawn
             rows.append(record["teacher"])
             pictures[name] = model.draw(
-                teacher, [prompts[i] for i in shown], shown, steps, w, "ddim", size).cpu()
+                teacher, [prompts[i] for i in shown], shown, steps, w, "ddim").cpu()
         else:
             images, seconds = draw_all(
                 model, teacher, prompts, steps, w, "ddim", args.batch, max(1, args.teacher_n), size)
