@@ -543,8 +543,9 @@ def test_ones_own_differentiable_function_can_be_the_reward_alone_and_in_sums():
     parts = both.parts(images, PROMPTS)
     agree(parts[own], saturation(images, PROMPTS))
     agree(both(images, PROMPTS), parts["pocket"] + 3 * parts[own])
-    both.compile()  # leaves it as it is
-    agree(both.parts(images, PROMPTS)[own], parts[own])
+    score = reward.score
+    reward.compile()  # leaves it as it is: not every function compiles
+    assert reward.score == score
 
 
 def a_number(images, prompts):
