@@ -62,7 +62,8 @@ def test_pngs_hold_what_made_them_and_a_grid_is_written(cli, model_folder, tmp_p
     files = sorted(f.name for f in (tmp_path / "out").iterdir())
     assert files == [f"{i:05d}.png" for i in range(4)] + ["grid.png"]
     pictures = [Image.open(tmp_path / "out" / name) for name in files]
-    assert [p.text["prompt"] for p in pictures[:4]] == ["a red apple"] * 2 + ["lapin blånc 🐇"] * 2
+    drawn = [p.text["prompt"] for p in pictures[:4]]
+    assert drawn == ["a red apple"] * 2 + ["lapin blånc 🐇"] * 2
     assert [p.text["seed"] for p in pictures[:4]] == ["40", "41", "40", "41"]
     assert {p.text["steps"] for p in pictures} == {"4"} and pictures[4].size == (64, 64)
     assert {p.text["guidance"] for p in pictures} == {"3.0"}
