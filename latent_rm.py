@@ -501,14 +501,13 @@ def main():
                 runs.save_checkpoint(out, done, {"latent_rm": latent_rm}, optimizer, args.keep)
 
     log.close()
+    runs.end_processes(world, device)
     if main_process:
         latent_rm.save_pretrained(out / "latent_rm")
         with cli.autocast(device, dtype):
             found = retrieval(latent_rm, heldout_latents, heldout_captions)
         print(f"held-out latents that find their caption among {len(heldout_latents)}: "
               f"{found:.1%}\n{out / 'latent_rm'}")
-    if world > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

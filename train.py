@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 import data
@@ -511,10 +510,9 @@ def main():
                 runs.save_checkpoint(out, done, networks.trained(), optimizer, args.keep)
 
     log.close()
+    runs.end_processes(world, device)
     if main_process:
         finish(networks, args, device, dtype)
-    if world > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

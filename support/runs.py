@@ -99,6 +99,16 @@ def average_over_processes(tensors, world):
         torch._foreach_div_(tensors, world)
 
 
+def end_processes(world, device):
+    """After the last step. torch 2.6 may wait for ever here, on the CPU: its end waits for a
+    thread that waits for Python, to release a tensor that nothing else holds any more. So the last
+    tensor that the thread works on is held here."""
+    if world > 1:
+        held = torch.zeros(1, device=device)
+        dist.all_reduce(held)
+        dist.destroy_process_group()
+
+
 # ---------------------------------------------------------------------------------- the run folder
 
 def open_run(args, rank, world):
