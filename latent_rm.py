@@ -417,9 +417,7 @@ def new_optimizer(latent_rm, args, newest, device):
         [{"params": matrices, "weight_decay": args.weight_decay},
          {"params": others, "weight_decay": 0.0}],
         lr=args.lr, betas=(0.9, 0.98), fused=True)
-    if newest:
-        state = torch.load(newest / "optimizer.pt", map_location=device, weights_only=True)
-        optimizer.load_state_dict(state)
+    runs.load_optimizer(optimizer, newest, device)
     return weights, optimizer
 
 

@@ -308,9 +308,7 @@ def new_optimizer(networks, args, newest, device):
     optimizer = torch.optim.AdamW(
         [{"params": weights}, {"params": rm_weights}],
         lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
-    if newest:
-        state = torch.load(newest / "optimizer.pt", map_location=device, weights_only=True)
-        optimizer.load_state_dict(state)
+    runs.load_optimizer(optimizer, newest, device)
     return optimizer
 
 

@@ -259,6 +259,13 @@ def save_checkpoint(out, step, networks, optimizer, keep):
         shutil.rmtree(old.rename(old.with_name("." + old.name)))
 
 
+def load_optimizer(optimizer, newest, device):
+    """Give the optimizer the state that checkpoint `newest` holds; None: leave it new."""
+    if newest:
+        state = torch.load(newest / "optimizer.pt", map_location=device, weights_only=True)
+        optimizer.load_state_dict(state)
+
+
 class Log:
     """log.jsonl, one JSON object a line, the same in TensorBoard, and the progress bar. Every
     process calls it, the first one writes. rows: samples that a step takes, those of all
