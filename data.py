@@ -12,10 +12,13 @@ Every sample is addressed by its place in its tar, so the order is a pure functi
 position): a run can stop anywhere and go on exactly there, and two processes draw together what
 one with twice the rows draws.
 """
+import contextlib
 import functools
 import io
 import json
+import signal
 import tarfile
+import threading
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,22 +28,16 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from support import cli
+from support import cli, remote
 from support.cli import POCKET, at_least, make_folder, option, parse, require, run
+from support.index import read_index
 from support.pictures import decode, what_is_wrong
 from support.runs import same_options
-from support.shards import (
-    CONTENTS,
-    BadSample,
-    find_files,
-    is_loose,
-    place_of,
-    read_captions,
-    read_index,
-)
+from support.shards import BadSample, find_files, is_loose, place_of, read_captions
 from support.weights import InputError, first_line, read_json, write_whole
 
 TRIES = 100  # samples that are tried for one place in the stream
+WINDOW = 8  # remote shards whose samples are shuffled together
 FOLDER = 10_000  # pictures of a folder that are encoded into one tar
 
 
@@ -51,28 +48,49 @@ class Shards(torch.utils.data.Dataset):
     The tensor is an image [3,R,R] in [-1,1] (shortest side resized to `resolution`, centre crop)
     or, where the shards are pre-encoded, the float32 posterior [2,4,h,w]. name: of the option that
     gave the path, for messages; caption_lines: a text holds one caption a line; skip_bad: go on
-    without damaged tars, whose names are then in `skipped`."""
+    without damaged tars, whose names are then in `skipped`.
 
-    def __init__(self, path, resolution, name="--data", caption_lines=False, skip_bad=False):
+    Remote tars are copied before they are read, into the folder `cache` (None: in the cache of the
+    user), which never holds more than cache_gb GB."""
+
+    def __init__(self, path, resolution, name="--data", caption_lines=False, skip_bad=False,
+                 cache=None, cache_gb=20.0):
         self.resolution, self.caption_lines, self.shape = resolution, caption_lines, None
         self.files = find_files(path, name)
-        self.samples, self.left_out, self.skipped = read_index(self.files, skip_bad)
+        self.samples = read_index(self.files, skip_bad)
+        self.left_out, self.skipped = self.samples.left_out, self.samples.skipped
         require(len(self.samples),
                 f"{path}: no pairs in these shards; expected NAME.jpg (png, webp, ...) or "
                 f"NAME.npy beside NAME.txt ({'; '.join(self.notes()) or 'found neither'})")
-        encoded = self.samples[:, 6] == CONTENTS.index(".npy")
-        self.encoded = bool(encoded[0])
-        require((encoded == self.encoded).all(),
+        self.windows = self.window = self.cache = None
+        if any(map(remote.is_remote, self.files)):
+            self.plan_windows(path, cache, cache_gb)
+        pictures, sizes = self.samples.contents()
+        self.encoded = bool(sizes)
+        require(not (pictures and sizes),
                 f"{path}: some shards hold pictures and some hold latents; give one kind")
         if self.encoded:
-            self.check_posteriors(path, resolution)
+            require(len(sizes) == 1,
+                    f"{path}: latents of several sizes; "
+                    f"give shards that were encoded at one resolution")
+            self.check_posterior(path, resolution)
 
-    def check_posteriors(self, path, resolution):
-        """Refuse posteriors of several sizes, another shape, or encoded at another resolution."""
-        sizes = self.samples[:, 2]
-        require((sizes == sizes[0]).all(),
-                f"{path}: latents of several sizes; "
-                f"give shards that were encoded at one resolution")
+    def plan_windows(self, path, cache, cache_gb):
+        """Remote shards are visited in windows, each of which fits into the cache."""
+        require(not any(map(is_loose, self.files)),
+                f"{path}: loose files beside remote shards; put them into a tar")
+        self.cache = remote.Cache(cache, cache_gb)
+        tars = self.samples.described()
+        self.windows = Windows([tar.samples for tar in tars], WINDOW)
+        # the window that is read, the next one, which is fetched, and what a slow worker reads yet
+        needed = 3 * sum(sorted(tar.bytes for tar in tars)[-WINDOW:])
+        needed = min(needed, sum(tar.bytes for tar in tars)) / 1e9
+        require(cache_gb >= needed,
+                f"--cache-gb {cache_gb:g}: expected {1.01 * needed:.3g} or more, since shards are "
+                f"visited {WINDOW} at a time and three times as many are kept")
+
+    def check_posterior(self, path, resolution):
+        """Refuse posteriors of another shape, or encoded at another resolution."""
         shape = self.first(1)[0][0].shape
         require(len(shape) == 4 and shape[0] == 2 and shape[2] == shape[3],
                 f"{self.files[0]}: posteriors {tuple(shape)}; expected (2, C, s, s), mean and std, "
@@ -92,24 +110,88 @@ class Shards(torch.utils.data.Dataset):
                  for (noun, reason), count in sorted(self.left_out.items())]
         return lines + [f"shard left out: {reason}" for reason in self.skipped.values()]
 
+    def record(self):
+        """-> what tells this data set from another (support/shards.py: changed), for JSON:
+        {"count": samples, "hash": str, "files": {name of a shard: [bytes, samples, hash of their
+        places]}}, and for remote ones "window", on which their order hangs too."""
+        record = self.samples.record()
+        if self.windows is not None:
+            record["window"] = self.windows.size
+            record["hash"] += f"-{self.windows.size}"
+        return record
+
     def __len__(self):
         return len(self.samples)
 
+    def number(self, seed, position):
+        """The sample at a place of the endless stream: each epoch is a fresh permutation."""
+        if self.windows is not None:
+            return self.windows.number(seed, position)
+        return number_of(seed, position, len(self))
+
+    def substitute(self, seed, position, attempt):
+        """The sample that takes its place if it is broken; of remote ones one of its window, which
+        is here already."""
+        draw = mix(mix(mix(seed, 3), position), attempt)
+        if self.windows is not None:
+            return self.windows.another(seed, position, draw)
+        return draw % len(self)
+
+    def here(self, number):
+        """-> the path of a file on this machine; a remote one is fetched."""
+        file = self.files[number]
+        if not remote.is_remote(file):
+            return file
+        tar = self.samples.tar_of(number)
+        return self.cache.copy(file, tar.bytes, tar.mark)
+
+    def come_to(self, seed, position):
+        """A run has come to this place of the stream: where a window of remote shards begins, the
+        next one is fetched in the background."""
+        if self.windows is None:
+            return
+        window, following = self.windows.around(seed, position)
+        if window != self.window:
+            self.window = window
+            threading.Thread(target=self.fetch, args=(window + following,), daemon=True).start()
+
+    def fetch(self, window):
+        """Copy remote shards before they are needed. Errors are left to the reader."""
+        with contextlib.suppress(InputError):
+            for k in window:
+                self.here(self.samples.tars[k][0])
+
+    def open_file(self, number):
+        for _ in range(TRIES):
+            with contextlib.suppress(FileNotFoundError):
+                return open(self.here(number), "rb")
+            if self.cache is None:
+                break
+            # else another process made room in the cache between these two calls
+        return open(self.here(number), "rb")
+
     def read(self, number, offset, size):
         try:
-            with open(self.files[number], "rb") as file:
+            with self.open_file(number) as file:
                 file.seek(offset)
                 return file.read(size)
         except OSError as error:  # of the disk, not of a sample
             raise InputError(f"{self.files[number]}: not readable any more ({error.strerror}); "
                              f"is the disk there? The same command goes on") from None
 
+    def place(self, i):
+        """The names of the shard and of the member that sample i is."""
+        return self.named(*self.samples[i][:2])
+
+    def named(self, number, offset):
+        return place_of(self.files[number], offset, self.here(number))
+
     def bad(self, number, offset, kind, error):
-        return BadSample(place_of(self.files[number], offset), kind, first_line(error))
+        return BadSample(self.named(number, offset), kind, first_line(error))
 
     def captions(self, i):
         """-> the captions of sample i, one or more. Raises BadSample."""
-        number, offset, size, _, kind = self.samples[i, 3:].tolist()
+        number, offset, size, _, kind = self.samples[i][3:]
         data = self.read(number, offset, size)
         try:
             return read_captions(data, kind, self.caption_lines)
@@ -123,7 +205,7 @@ class Shards(torch.utils.data.Dataset):
 
     def sample(self, i, draw):
         """-> (tensor, caption); draw: as in caption(). Raises BadSample."""
-        number, offset, size = self.samples[i, :3].tolist()
+        number, offset, size = self.samples[i][:3]
         data = self.read(number, offset, size)
         try:
             if not self.encoded:
@@ -168,7 +250,15 @@ def load_picture(data, resolution):
 
 @functools.lru_cache(maxsize=2)
 def permutation(seed, epoch, count):
-    return torch.randperm(count, generator=torch.Generator().manual_seed(mix(seed, epoch)))
+    # int32 draws what int64 does, and takes half of the memory
+    return torch.randperm(
+        count, generator=torch.Generator().manual_seed(mix(seed, epoch)), dtype=torch.int32)
+
+
+def number_of(seed, position, count):
+    """The sample, of `count`, at a place of the stream where each epoch is a fresh permutation."""
+    epoch, place = divmod(position, count)
+    return permutation(seed, epoch, count)[place].item()
 
 
 def mix(seed, number):
@@ -180,26 +270,76 @@ def mix(seed, number):
     return (z ^ (z >> 31)) >> 1
 
 
+class Windows:
+    """The order of samples whose shards are fetched one after the other: each epoch draws another
+    row of the shards, cuts it into windows of `size`, and permutes the samples of each window.
+
+    counts: samples of each shard. Shards go by their places in it."""
+
+    def __init__(self, counts, size):
+        self.counts, self.size = np.array(counts), size
+        self.ends = np.cumsum(self.counts)  # of the shards' numbers of samples
+
+    def find(self, seed, position):
+        """-> a seed for the window that this place of the stream falls into, its shards, the place
+        in it"""
+        epoch, place = divmod(position, int(self.ends[-1]))
+        seed = mix(mix(seed, 4), epoch)
+        row = permutation_of_shards(seed, len(self.counts))
+        ends = np.cumsum(self.counts[row])
+        window = int(np.searchsorted(ends, place, "right")) // self.size
+        first = window * self.size
+        place -= int(ends[first - 1]) if window else 0
+        return mix(seed, window), row[first:first + self.size], place
+
+    def pick(self, shards, place):
+        """The sample at a place of some shards laid end to end."""
+        ends = np.cumsum(self.counts[shards])
+        k = int(np.searchsorted(ends, place, "right"))
+        return int(self.ends[shards[k]]) - int(ends[k]) + place
+
+    def number(self, seed, position):
+        seed, shards, place = self.find(seed, position)
+        return self.pick(shards, number_of(seed, place, int(self.counts[shards].sum())))
+
+    def another(self, seed, position, draw):
+        """A sample of the window that this place falls into. draw: a random integer"""
+        _, shards, _ = self.find(seed, position)
+        return self.pick(shards, draw % int(self.counts[shards].sum()))
+
+    def around(self, seed, position):
+        """-> the shards of the window that this place falls into, and of the window after it"""
+        _, shards, place = self.find(seed, position)
+        following = position - place + int(self.counts[shards].sum())
+        return shards.tolist(), self.find(seed, following)[1].tolist()
+
+
+@functools.lru_cache(maxsize=4)
+def permutation_of_shards(seed, count):
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).numpy()
+
+
 class StepSampler:
     """Yields, for step first, first+1, ...: (sample number, position) of this rank's rows of the
-    global batch. Each epoch is a fresh permutation; step k takes the positions k*G .. (k+1)*G - 1
-    of their concatenation, G = rows * world."""
+    global batch. Step k takes the positions k*G .. (k+1)*G - 1 of the stream, G = rows * world.
 
-    def __init__(self, count, seed, first, last, rows, rank=0, world=1):
-        self.count, self.seed, self.steps = count, seed, range(first, last)
+    shards: the Shards whose order and remote files are wanted; with None each epoch is a fresh
+    permutation of `count`."""
+
+    def __init__(self, count, seed, first, last, rows, rank=0, world=1, shards=None):
+        self.seed, self.steps, self.shards = seed, range(first, last), shards
         self.rows, self.rank, self.world = rows, rank, world
+        self.number = shards.number if shards else functools.partial(number_of, count=count)
 
     def __len__(self):
         return len(self.steps)
 
     def __iter__(self):
         for step in self.steps:
-            numbers = []
-            for position in positions(step, self.rows, self.rank, self.world):
-                epoch, place = divmod(position, self.count)
-                number = permutation(self.seed, epoch, self.count)[place].item()
-                numbers.append((number, position))
-            yield numbers
+            places = positions(step, self.rows, self.rank, self.world)
+            if self.shards is not None:
+                self.shards.come_to(self.seed, places[0])
+            yield [(self.number(self.seed, position), position) for position in places]
 
 
 class Stream(torch.utils.data.Dataset):
@@ -221,7 +361,7 @@ class Stream(torch.utils.data.Dataset):
                 return *self.shards.sample(number, draw), broken
             except BadSample as bad:
                 broken.append((bad.place, bad.kind, bad.reason))
-                number = mix(mix(mix(self.seed, 3), position), attempt) % len(self.shards)
+                number = self.shards.substitute(self.seed, position, attempt)
         place, kind, reason = broken[-1]
         raise InputError(f"{TRIES} samples drawn one after the other were broken, the last one "
                          f"{place}: {kind} ({reason}); are these the right shards?")
@@ -253,12 +393,25 @@ def batches(shards, seed, first, last, rows, rank=0, world=1, workers=0, broken=
     samples (support/broken.py)."""
     loader = torch.utils.data.DataLoader(
         Stream(shards, seed), num_workers=workers, pin_memory=torch.cuda.is_available(),
-        batch_sampler=StepSampler(len(shards), seed, first, last, rows, rank, world),
-        collate_fn=collate)
+        batch_sampler=StepSampler(len(shards), seed, first, last, rows, rank, world, shards),
+        collate_fn=collate, worker_init_fn=leave_ctrl_c if workers else None)
     for tensors, captions, found in loader:
         if broken is not None:
             broken.add(found)
         yield tensors, captions
+
+
+def leave_ctrl_c(_):
+    """A terminal sends Ctrl-C to data loading processes too, which are needed until their run has
+    finished its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def names_of_step(shards, seed, step, rows, rank=0, world=1):
+    """-> shard and member of each sample that this rank's rows of a step draw, not counting what
+    takes the place of broken ones."""
+    return [shards.place(shards.number(seed, position))
+            for position in positions(step, rows, rank, world)]
 
 
 def collate(samples):
@@ -282,12 +435,15 @@ def add_pair(tar, stem, suffix, data, caption):
 class Config:
     data: str = option(
         str(POCKET / "data" / "train-*.tar"),
-        "shards to encode: tars, a folder of them or of pictures, a glob, or {00000..01099}.tar",
+        "shards to encode: tars, a folder of them or of pictures, a glob, or {00000..01099}.tar; "
+        "here or at https://, s3://, hf://",
         group="what to encode", several=True)
     out: str = option("runs/encoded", "folder for the encoded shards")
     model: str = option(str(POCKET), "model folder whose VAE encodes")
     resolution: int = option(64, "side of the square pictures in pixels")
     skip_bad_shards: bool = option(False, "go on without damaged tars (config.json names them)")
+    cache: str | None = option(None, "folder for copies of remote shards: ~/.cache/rg-lcd/shards")
+    cache_gb: float = option(20.0, "GB of them that are kept at most")
     batch: int = option(32, "pictures at a time", group="the machine")
     device: str = option("auto", "auto, cpu or cuda")
     precision: str = option("auto", "arithmetic of the VAE", choices=("auto", "bf16", "fp32"))
@@ -323,16 +479,16 @@ def encode(shards, numbers, vae, tar, args, device, dtype):
 
 def groups_to_encode(shards):
     """-> {name of an encoded tar: numbers of its samples}; a tar keeps its name."""
-    tars = [Path(file).name for file in shards.files if not is_loose(file)]
-    require(len(set(tars)) == len(tars),
-            "--data: two shards of the same name; encode them into separate folders")
-    groups, loose = {}, 0
-    for i, number in enumerate(shards.samples[:, 0].tolist()):
-        name = Path(shards.files[number]).name
-        if is_loose(name):
-            name = f"pictures-{loose // FOLDER:05d}.tar"
-            loose += 1
-        groups.setdefault(name, []).append(i)
+    groups = {}
+    for number, numbers in shards.samples.groups():
+        if number is None:
+            for start in range(0, len(numbers), FOLDER):
+                groups[f"pictures-{start // FOLDER:05d}.tar"] = numbers[start:start + FOLDER]
+        elif numbers:
+            name = remote.name_of(shards.files[number])
+            require(name not in groups,
+                    "--data: two shards of the same name; encode them into separate folders")
+            groups[name] = numbers
     return groups
 
 
@@ -344,10 +500,12 @@ def main():
     device = cli.pick_device(args.device)
     dtype = cli.pick_precision(args.precision, device)
     vae = VAE.from_pretrained(args.model, device=device)
-    shards = Shards(args.data, args.resolution, skip_bad=args.skip_bad_shards)
+    shards = Shards(args.data, args.resolution, skip_bad=args.skip_bad_shards,
+                    cache=args.cache, cache_gb=args.cache_gb)
     require(not shards.encoded, f"{args.data}: already encoded")
     groups, here = groups_to_encode(shards), Path(args.out).resolve()
-    require(all(Path(file).resolve().parent != here for file in shards.files),
+    require(all(Path(file).resolve().parent != here
+                for file in shards.files if not remote.is_remote(file)),
             f"--out {args.out}: holds the pictures; give another folder")
     out = make_folder(args.out)
     made_from = {"data": args.data, "model": args.model, "resolution": args.resolution,

@@ -146,8 +146,8 @@ def read_prompts(args, resolution):
     """-> real pictures [N,3,H,W] in [0,1], their N prompts, the numbers of those that are shown."""
     shards = Shards(args.data, resolution)
     require(not shards.encoded, f"{args.data}: the comparison needs pictures, not latents")
-    count = min(args.limit, len(shards))
-    pictures, prompts = zip(*(shards[i] for i in range(count)))
+    pictures, prompts = zip(*shards.first(args.limit))
+    count = len(prompts)
     try:
         shown = [int(number) for number in args.show.split(",")]
     except ValueError:

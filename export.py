@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from lcm_solver import ScheduleConfig
 from support import single_file
 from support.cli import POCKET, make_folder, option, parse, require, run
-from support.weights import find_component, read_json, whole_folder
+from support.weights import find_component, read_json, whole_file, whole_folder
 from text_encoder import TextEncoder
 from unet import UNet
 from vae import VAE
@@ -133,9 +133,8 @@ def export_single_file(teacher, file, dtype=torch.float32):
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.prediction_type": "v" if kind == "v_prediction" else "epsilon"}
-    new = file.with_name(f".{file.name}.new")
-    save_file(state, new, metadata=metadata)
-    new.rename(file)
+    with whole_file(file) as new:
+        save_file(state, new, metadata=metadata)
 
 
 def main():

@@ -29,7 +29,8 @@ from open_clip.transformer import TextTransformer
 from torch import nn
 
 import data
-from support import cli, runs, single_file
+from support import cli, processes, runs, single_file
+from support.checkpoints import load_optimizer
 from support.cli import POCKET, at_least, option, parse, positive, require, run
 from support.reward_weights import open_clip_weights
 from support.weights import (
@@ -391,7 +392,8 @@ def read_pairs(args, device, dtype):
     """-> the shards to train on, the VAE if any hold pictures, the unscaled latents [N,C,s,s] of up
     to 256 held-out samples, and their N captions."""
     shards = data.Shards(args.data, args.resolution, caption_lines=args.caption_lines,
-                         skip_bad=args.skip_bad_shards)
+                         skip_bad=args.skip_bad_shards, cache=args.cache,
+                         cache_gb=args.cache_gb)
     heldout = data.Shards(args.heldout, args.resolution, "--heldout")
     vae = None
     if not (shards.encoded and heldout.encoded):
@@ -399,7 +401,7 @@ def read_pairs(args, device, dtype):
         vae = VAE.from_pretrained(args.model, dtype, device).requires_grad_(False)
     require(vae is None or args.resolution % vae.factor == 0,
             f"--resolution {args.resolution}: expected a multiple of {vae and vae.factor}")
-    tensors, captions = zip(*(heldout[i] for i in range(min(256, len(heldout)))))
+    tensors, captions = zip(*heldout.first(256))
     latents = posterior(torch.stack(tensors), vae, device)[0]
     shape = tuple(posterior(shards.first(1)[0][0][None], vae, device)[0].shape[1:])
     require(latents.shape[1:] == shape,
@@ -417,95 +419,127 @@ def new_optimizer(latent_rm, args, newest, device):
         [{"params": matrices, "weight_decay": args.weight_decay},
          {"params": others, "weight_decay": 0.0}],
         lr=args.lr, betas=(0.9, 0.98), fused=True)
-    runs.load_optimizer(optimizer, newest, device)
+    load_optimizer(optimizer, newest, device)
     return weights, optimizer
 
 
-def optimizer_step(
-        latent_rm, weights, optimizer, latents, captions, step, args, rank, world, dtype):
-    """One step of CLIP's loss on B latents [B,C,s,s] and their captions -> loss, gradient norm."""
+class Towers(nn.Module):
+    """Both towers in one forward, as DistributedDataParallel wants it."""
+
+    def __init__(self, latent_rm, dtype):
+        super().__init__()
+        self.latent_rm, self.dtype = latent_rm, dtype
+
+    def forward(self, latents, captions):
+        with cli.autocast(latents.device, self.dtype):
+            return self.latent_rm.image_features(latents), self.latent_rm.text_features(captions)
+
+
+def optimizer_step(towers, latent_rm, weights, optimizer, latents, captions, step, args, rank,
+                   world):
+    """One step of CLIP's loss on B latents [B,C,s,s] and their captions -> loss, gradient norm, or
+    None: they are not finite, and nothing has changed."""
     optimizer.zero_grad(set_to_none=True)
     with cli.fast_attention(latents.device):
-        with cli.autocast(latents.device, dtype):
-            image = latent_rm.image_features(latents)
-            text = latent_rm.text_features(captions)
+        image, text = towers(latents, captions)
         if world > 1:
             image, text = Gather.apply(image, rank, world), Gather.apply(text, rank, world)
         loss = clip_loss(image, text, latent_rm.logit_scale)
         loss.backward()
-    runs.average_over_processes([p.grad for p in weights], world)
     norm = torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
+    if not processes.all_of((loss + norm).isfinite().item(), world):
+        return None
     for group in optimizer.param_groups:
         group["lr"] = args.lr * runs.rate_factor(step, args)
     optimizer.step()
     with torch.no_grad():
         latent_rm.logit_scale.clamp_(max=math.log(100))  # as CLIP does: the training stays stable
-    return loss, norm
+    return {"loss": loss.detach(), "grad_norm": norm}
+
+
+def train(run, latent_rm, towers, weights, optimizer, pairs, device, dtype, args, rank, world):
+    """The loop. pairs: as read_pairs gives them. -> was it stopped before its last step?"""
+    shards, vae, heldout_latents, heldout_captions = pairs
+    shape = tuple(heldout_latents.shape[1:])  # (C, s, s)
+    log = runs.Log(args, run.start, world * args.batch_size, rank, world)
+    stream = data.batches(shards, args.seed, run.start, args.steps, args.batch_size, rank, world,
+                          args.workers, log.broken)
+    stopped = False
+    with processes.Stop() as stop:
+        for step, (tensors, captions) in zip(range(run.start, args.steps), stream):
+            places = data.positions(step, args.batch_size, rank, world)
+            noise = data.random_draws(args.seed, places, shape, device)[0]
+            mean, std = posterior(tensors, vae, device)
+            stats = optimizer_step(towers, latent_rm, weights, optimizer, mean + std * noise,
+                                   captions, step, args, rank, world)
+            done = step + 1
+            if stats is not None:
+                log.add(stats)
+            else:
+                names = data.names_of_step(shards, args.seed, step, args.batch_size, rank, world)
+                log.skip(done, names, "lower --lr")
+
+            stopped = stop.asked(world)
+            last, saves = done == args.steps or stopped, done % args.checkpoint_every == 0
+            look = last or done % args.heldout_every == 0
+            if (look or saves or done % args.log_every == 0) and log.counts:
+                line = {"step": done} | {k: v.item() for k, v in log.means(world).items()}
+                line |= {"logit_scale": latent_rm.logit_scale.exp().item(),
+                         "lr": optimizer.param_groups[0]["lr"]}
+                if look and rank == 0:
+                    with log.pause(), cli.autocast(device, dtype):
+                        line["retrieval"] = retrieval(latent_rm, heldout_latents, heldout_captions)
+                log(line, ("loss", "retrieval", "grad_norm"))
+            with log.pause():
+                if saves or last:
+                    run.save(done, optimizer)
+                run.poll()
+            if stopped:
+                break
+        run.end()
+    log.close()
+    return stopped
+
+
+def pretrain(run, args, rank, world, device, dtype):
+    """Everything of a run, once its folder is there."""
+    pairs = shards, _, heldout_latents, heldout_captions = read_pairs(args, device, dtype)
+    runs.record_data(args, shards, run.start, rank)
+    if run.newest:
+        latent_rm = LatentRM.from_pretrained(run.newest / "latent_rm")
+    else:
+        latent_rm = new_latent_rm(args, tuple(heldout_latents.shape[1:]))
+    latent_rm.to(device).train()
+    latent_rm.text.requires_grad_(args.train_text).set_grad_checkpointing(args.grad_checkpoint)
+    run.know({"latent_rm": latent_rm})
+    weights, optimizer = new_optimizer(latent_rm, args, run.newest, device)
+    towers = processes.averaged(Towers(latent_rm, dtype), world)
+    if args.compile:
+        latent_rm.compile()
+    if rank == 0:
+        millions = sum(p.numel() for p in weights) / 1e6
+        print(f"{millions:.1f} M parameters, {len(shards)} pairs, "
+              f"{world} x {args.batch_size} a step, {device}, {str(dtype)[6:]}"
+              + (f"; resumes at step {run.start}" if 0 < run.start < args.steps else ""))
+        for note in shards.notes():
+            print(note)
+    stopped = train(run, latent_rm, towers, weights, optimizer, pairs, device, dtype, args, rank,
+                    world)
+    processes.end(world, device)
+    if rank == 0 and not stopped:
+        run.export()
+        with cli.autocast(device, dtype):
+            found = retrieval(latent_rm, heldout_latents, heldout_captions)
+        print(f"held-out latents that find their caption among {len(heldout_latents)}: "
+              f"{found:.1%}\n{Path(args.out) / 'latent_rm'}")
 
 
 def main():
     args = parse(Config(), __doc__, presets=PRESETS, published=PUBLISHED)
     check(args)
-    rank, world, device, dtype = runs.setup_processes(args)
-    main_process, out = rank == 0, Path(args.out)
-    newest, start = runs.open_run(args, rank, world)
-
-    shards, vae, heldout_latents, heldout_captions = read_pairs(args, device, dtype)
-    runs.record_skipped(args, shards.skipped, start, rank)
-    shape = tuple(heldout_latents.shape[1:])  # (C, s, s)
-
-    if newest:
-        latent_rm = LatentRM.from_pretrained(newest / "latent_rm")
-    else:
-        latent_rm = new_latent_rm(args, shape)
-    latent_rm.to(device).train()
-    latent_rm.text.requires_grad_(args.train_text).set_grad_checkpointing(args.grad_checkpoint)
-    weights, optimizer = new_optimizer(latent_rm, args, newest, device)
-    if args.compile:
-        latent_rm.compile()
-    if main_process:
-        millions = sum(p.numel() for p in weights) / 1e6
-        print(f"{millions:.1f} M parameters, {len(shards)} pairs, "
-              f"{world} x {args.batch_size} a step, {device}, {str(dtype)[6:]}"
-              + (f"; resumes at step {start}" if 0 < start < args.steps else ""))
-        for note in shards.notes():
-            print(note)
-    log = runs.Log(out, start, args.steps, world * args.batch_size, rank, world, args.max_bad)
-    stream = data.batches(shards, args.seed, start, args.steps, args.batch_size, rank, world,
-                          args.workers, log.broken)
-
-    for step, (tensors, captions) in zip(range(start, args.steps), stream):
-        places = data.positions(step, args.batch_size, rank, world)
-        noise = data.random_draws(args.seed, places, shape, device)[0]
-        mean, std = posterior(tensors, vae, device)
-        loss, norm = optimizer_step(latent_rm, weights, optimizer, mean + std * noise, captions,
-                                    step, args, rank, world, dtype)
-
-        log.add({"loss": loss.detach(), "grad_norm": norm})
-
-        done = step + 1
-        last, saves = done == args.steps, done % args.checkpoint_every == 0
-        look = last or done % args.heldout_every == 0
-        if look or saves or done % args.log_every == 0:
-            line = {"step": done} | {k: v.item() for k, v in log.means(world).items()}
-            line |= {"logit_scale": latent_rm.logit_scale.exp().item(),
-                     "lr": optimizer.param_groups[0]["lr"]}
-            if look and main_process:
-                with log.pause(), cli.autocast(device, dtype):
-                    line["retrieval"] = retrieval(latent_rm, heldout_latents, heldout_captions)
-            log(line, ("loss", "retrieval"), "lower --lr")
-        if main_process and (saves or last):
-            with log.pause():
-                runs.save_checkpoint(out, done, {"latent_rm": latent_rm}, optimizer, args.keep)
-
-    log.close()
-    runs.end_processes(world, device)
-    if main_process:
-        latent_rm.save_pretrained(out / "latent_rm")
-        with cli.autocast(device, dtype):
-            found = retrieval(latent_rm, heldout_latents, heldout_captions)
-        print(f"held-out latents that find their caption among {len(heldout_latents)}: "
-              f"{found:.1%}\n{out / 'latent_rm'}")
+    rank, world, device, dtype = processes.setup(args)
+    with runs.open_run(args, rank, world) as run:
+        pretrain(run, args, rank, world, device, dtype)
 
 
 if __name__ == "__main__":

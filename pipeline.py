@@ -10,6 +10,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from lcm_solver import NoiseSchedule, ScheduleConfig, draw_noise, sample_ddim, sample_lcm
 from support.cli import autocast, require
+from support.weights import whole_file
 from text_encoder import TextEncoder
 from vae import VAE
 
@@ -139,6 +140,5 @@ def save_png(image, file, **text):
     info = PngInfo()
     for key, value in text.items():
         info.add_itxt(key, str(value))
-    new = file.with_suffix(".new")
-    image.save(new, "PNG", pnginfo=info)
-    new.rename(file)
+    with whole_file(file) as new:
+        image.save(new, "PNG", pnginfo=info)

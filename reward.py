@@ -58,6 +58,7 @@ from support.weights import (
     first_line,
     load_strictly,
     load_tokenizer,
+    state_to_save,
     whole_folder,
 )
 
@@ -211,13 +212,9 @@ class PocketReward(ClipReward):
 
     def save_pretrained(self, folder, dtype=None):
         """The weights and config.json into `folder`; `dtype` is for the floating-point ones."""
-        state = {}
-        for key, tensor in self.clip.state_dict().items():
-            cast = dtype if tensor.is_floating_point() else None
-            state[key] = tensor.detach().to("cpu", cast).contiguous()
         with whole_folder(folder) as new:
             (new / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
-            save_file(state, new / WEIGHTS, metadata={"format": "pt"})
+            save_file(state_to_save(self.clip, dtype), new / WEIGHTS, metadata={"format": "pt"})
 
 
 class Head(nn.Module):

@@ -7,6 +7,7 @@ r"""Prompts -> PNG.
         --guidance 6.5 --prompt "a lighthouse"
 """
 import math
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,15 @@ def read_prompts(args):
     return prompts or PROMPTS
 
 
+def tell_cut(text_encoder, prompts):
+    """Say once which prompts are longer than what the text encoder reads."""
+    cut, longest = text_encoder.cut(prompts), text_encoder.tokenizer.model_max_length
+    if cut:
+        first = textwrap.shorten(next(iter(cut)), 40, placeholder="...")
+        print(f"note: {len(cut)} of {len(set(prompts))} prompts cut at {longest} tokens, the rest "
+              f"is not read: \"{first}\" has {next(iter(cut.values()))}")
+
+
 def parse_size(text, factor):
     try:
         h, w = (int(x) for x in text.lower().split("x"))
@@ -114,6 +124,7 @@ def main():
         require(1 <= args.steps < len(model.schedule),
                 f"--steps {args.steps}: expected 1 to {len(model.schedule) - 1} for ddim")
     size = parse_size(args.size, model.vae.factor) if args.size else None
+    tell_cut(model.text_encoder, [*prompts, args.negative] if args.negative else prompts)
     if args.compile:
         unet.compile()
 

@@ -11,7 +11,14 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from support import single_file
-from support.weights import InputError, find_component, load_strictly, load_tokenizer, whole_folder
+from support.weights import (
+    InputError,
+    find_component,
+    load_strictly,
+    load_tokenizer,
+    state_to_save,
+    whole_folder,
+)
 
 
 class TextEncoder(nn.Module):
@@ -70,10 +77,9 @@ class TextEncoder(nn.Module):
         return cls(model, tokenizer).eval()
 
     def save_pretrained(self, path, dtype=None):
-        """Write path/text_encoder in the layout of transformers. The tokenizer never changes: copy
-        its folder."""
-        state = {k: v.detach().to("cpu", dtype).contiguous()
-                 for k, v in self.model.state_dict().items()}
+        """Write path/text_encoder in the layout of transformers; `dtype` is for the floating-point
+        tensors. The tokenizer never changes: copy its folder."""
+        state = state_to_save(self.model, dtype)
         with whole_folder(Path(path) / "text_encoder") as new:
             (new / "config.json").write_text(self.model.config.to_json_string())
             save_file(state, new / "model.safetensors", metadata={"format": "pt"})
@@ -83,6 +89,12 @@ class TextEncoder(nn.Module):
         batch = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, return_tensors="pt")
         return batch.input_ids
+
+    def cut(self, prompts):
+        """Of `prompts`, those that are longer than L tokens, each once -> {prompt: its tokens}."""
+        ids = self.tokenizer(list(prompts), verbose=False).input_ids
+        longest = self.tokenizer.model_max_length
+        return {prompt: len(row) for prompt, row in zip(prompts, ids) if len(row) > longest}
 
     def forward(self, prompts):
         ids = self.tokenize(prompts).to(self.model.device, non_blocking=True)

@@ -14,11 +14,14 @@ To resume, run the same command. All randomness is a function of the seed and of
 in the stream of samples, so a resumed run draws the same, and so does a run on another number of
 processes with as many pictures a step.
 """
+import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 import data
 import evaluate
@@ -26,9 +29,10 @@ import latent_rm as proxy
 from lcm_solver import DDIMSolver, consistency_function, huber
 from pipeline import Pipeline, grid, save_png
 from reward import Reward, load_reward
-from support import cli, runs
+from support import cli, processes, runs
+from support.checkpoints import load_optimizer
 from support.cli import POCKET, at_least, option, parse, positive, require, run
-from unet import UNet
+from unet import ResnetBlock, Transformer, UNet
 
 W_DIM = 256  # width of the guidance embedding
 
@@ -94,9 +98,12 @@ class Config(runs.RunConfig):
               "what counts as a clear difference")
     rm_tau_lrm: float = option(0.05, "temperature of the LRM's scores, which are cosines")
 
+    shard: bool = option(
+        False, "share out the student's and target's float32 weights, gradients and Adam's moments "
+               "over the processes (FSDP2)", group=runs.MACHINE)
     grad_checkpoint: bool = option(
         False, "recompute the student's, the decoder's and the reward's activations "
-               "in the backward pass: less memory, 1.3x time", group=runs.MACHINE)
+               "in the backward pass: less memory, 1.3x time")
     log_every: int = option(10, "steps between lines of log.jsonl", group=runs.LOOKING)
     norms_every: int = option(
         100, "steps between measurements of the gradient of the distillation and of the reward "
@@ -308,81 +315,95 @@ def new_optimizer(networks, args, newest, device):
     optimizer = torch.optim.AdamW(
         [{"params": weights}, {"params": rm_weights}],
         lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
-    runs.load_optimizer(optimizer, newest, device)
+    load_optimizer(optimizer, newest, device)
     return optimizer
 
 
 # --------------------------------------------------------------------------------------- the loop
 
-def loss_of(networks, solver, batch, args, with_reward=True):
-    """distillation_loss by the networks of a run, in its arithmetic."""
-    reward, latent_rm = (networks.reward, networks.latent_rm) if with_reward else (None, None)
-    with cli.autocast(networks.model.device, networks.model.dtype):
-        return distillation_loss(
-            networks.model, networks.teacher, networks.student, networks.target, reward,
-            solver, batch, args, latent_rm)
+class Pass(torch.nn.Module):
+    """distillation_loss by the networks of a run, in its arithmetic. A module that holds what
+    trains and whose forward is the loss: so DistributedDataParallel wants it."""
+
+    def __init__(self, networks, solver, args):
+        super().__init__()
+        self.student, self.latent_rm = networks.student, networks.latent_rm
+        self.networks, self.solver, self.args = networks, solver, args
+
+    def forward(self, batch, with_reward=True):
+        n, reward, latent_rm = self.networks, None, None
+        if with_reward:
+            reward, latent_rm = n.reward, n.latent_rm
+        with cli.autocast(n.model.device, n.model.dtype):
+            return distillation_loss(n.model, n.teacher, n.student, n.target, reward,
+                                     self.solver, batch, self.args, latent_rm)
 
 
-def add_gradients(networks, weights, solver, batch, args, measured):
-    """Add the gradient of one pass to the weights'. -> {name: tensor}, and if it is measured the
-    gradient of L_LCD alone: what is left of the whole is the reward's."""
-    with cli.fast_attention(networks.model.device):
-        loss, stats = loss_of(networks, solver, batch, args)
-        (loss / args.grad_accum).backward()
-        if not measured:
-            return stats, []
-        loss, _ = loss_of(networks, solver, batch, args, with_reward=False)
-        return stats, list(torch.autograd.grad(loss / args.grad_accum, weights))
-
-
-def gradients_of(networks, weights, rm_weights, solver, tensors, captions, draws, args, measured,
-                 world):
-    """The mean gradient over the passes of a step and over all processes, into the weights.
-    -> {name: tensor} of what is logged"""
-    totals, lcd_gradient = {}, []
+def add_gradients(one_pass, tensors, captions, draws, args, with_reward=True):
+    """Add the mean gradient over the passes of a step to the weights'. -> {name: tensor} of what is
+    logged"""
+    totals, device = {}, draws[0].device
     for first in range(0, len(captions), args.batch_size):
         part = slice(first, first + args.batch_size)
-        images = tensors[part].to(networks.model.device, non_blocking=True)
+        images = tensors[part].to(device, non_blocking=True)
         batch = images, captions[part], [draw[part] for draw in draws]
-        stats, more = add_gradients(networks, weights, solver, batch, args, measured)
-        if lcd_gradient:
-            torch._foreach_add_(lcd_gradient, more)
-        else:
-            lcd_gradient = more
+        waits = part.stop < len(captions) and isinstance(one_pass, DistributedDataParallel)
+        with one_pass.no_sync() if waits else contextlib.nullcontext(), cli.fast_attention(device):
+            loss, stats = one_pass(batch, with_reward)
+            (loss / args.grad_accum).backward()
         for key, value in stats.items():
             totals[key] = totals.get(key, 0) + value / args.grad_accum
-
-    gradients = [p.grad for p in weights + rm_weights]
-    runs.average_over_processes(gradients + lcd_gradient, world)
-    if measured:
-        lcd = [g.norm() for g in lcd_gradient]
-        reward = [(p.grad - g).norm() for p, g in zip(weights, lcd_gradient)]
-        totals["grad_norm/lcd"] = torch.stack(lcd).norm()
-        totals["grad_norm/reward"] = torch.stack(reward).norm()
     return totals
 
 
-def optimizer_step(networks, optimizer, solver, step, tensors, captions, draws, args, world):
+def lcd_gradient(one_pass, optimizer, tensors, captions, draws, args, world):
+    """The gradient of L_LCD alone: what it lacks of the whole is the reward's."""
+    add_gradients(one_pass, tensors, captions, draws, args, with_reward=False)
+    gradient = [p.grad.clone() for p in optimizer.param_groups[0]["params"]]
+    if not args.shard:
+        processes.average(gradient, world)
+    optimizer.zero_grad(set_to_none=True)
+    return gradient
+
+
+def norm_of(tensors):
+    return processes.whole(torch.nn.utils.get_total_norm(tensors))
+
+
+def optimizer_step(networks, one_pass, optimizer, step, tensors, captions, draws, args, world):
     """One optimizer step: the mean gradient over its rows, AdamW, the EMA. -> {name: tensor} of
-    what is logged"""
+    what is logged, or None: its loss or gradient is not finite, and nothing has changed."""
     weights, rm_weights = (group["params"] for group in optimizer.param_groups)
     optimizer.zero_grad(set_to_none=True)
-    due = args.norms_every > 0 and step % args.norms_every == 0
-    totals = gradients_of(networks, weights, rm_weights, solver, tensors, captions, draws, args,
-                          due and networks.reward is not None, world)
+    lcd, due = None, args.norms_every > 0 and step % args.norms_every == 0
+    if due and networks.reward is not None:
+        alone = getattr(one_pass, "module", one_pass)
+        lcd = lcd_gradient(alone, optimizer, tensors, captions, draws, args, world)
+    totals = add_gradients(one_pass, tensors, captions, draws, args)
+    if args.shard:
+        processes.average([p.grad for p in rm_weights], world)
+    if lcd is not None:
+        totals["grad_norm/lcd"] = norm_of(lcd)
+        totals["grad_norm/reward"] = norm_of([p.grad - g for p, g in zip(weights, lcd)])
 
     # Norms are 1.6 to 12 on the pocket, so this always shortens: every step enters AdamW's moments
     # with the same length, and one long gradient does not drown the others.
-    totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
-    if rm_weights:
-        totals["rm_grad_norm"] = torch.nn.utils.clip_grad_norm_(rm_weights, args.max_grad_norm)
+    norms = {"grad_norm": weights, "rm_grad_norm": rm_weights}
+    for name, group in norms.items():
+        if group:
+            norm = torch.nn.utils.clip_grad_norm_(group, args.max_grad_norm)
+            totals[name] = processes.whole(norm)
+    found = torch.stack([totals[name] for name in ("loss", *norms) if name in totals])
+    if not processes.all_of(found.isfinite().all().item(), world):
+        return None
+
     for group, lr in zip(optimizer.param_groups, (args.lr, args.rm_lr)):
         group["lr"] = lr * runs.rate_factor(step, args)
     optimizer.step()
-
     # target <- mu * target + (1 - mu) * student
-    target_weights = list(networks.target.parameters())
-    torch._foreach_lerp_(target_weights, [p.detach() for p in weights], 1 - args.ema)
+    target, student = (processes.local([p.detach() for p in network.parameters()])
+                       for network in (networks.target, networks.student))
+    torch._foreach_lerp_(target, student, 1 - args.ema)
     return totals
 
 
@@ -423,30 +444,44 @@ def check_latents(args, shards, latent_rm, shape):
                 f"pre-train one for them (latent_rm.py)")
 
 
-def means_by_name(means, solver):
+def means_by_name(means, timesteps):
     """What log.jsonl shows of the means of all steps since the last line: numbers, and under
     "lcd_at" L_LCD by timestep."""
     sums, counts = means.pop("lcd_at").tolist()
     line = {name: value.item() for name, value in means.items()}
-    points = zip(solver.timesteps.tolist(), sums, counts)
+    points = zip(timesteps, sums, counts)
     line["lcd_at"] = {str(t): total / count for t, total, count in points if count > 0}
     return line
 
 
-def save_samples(networks, prompts, done, args):
-    """Pictures of the target network, samples/step-NNNNNN.png. The same seeds each time."""
+def save_samples(networks, prompts, done, args, rank):
+    """Pictures of the target network, samples/step-NNNNNN.png. The same seeds each time. A sharded
+    network draws on all processes at once."""
+    if rank > 0 and not args.shard:
+        return
     w = (args.w_min + args.w_max) / 2
     images = networks.model.draw(networks.target, prompts, range(len(prompts)), 2, w)
     file = Path(args.out) / "samples" / f"step-{done:06d}.png"
-    save_png(grid(images, 4), file, prompts=" | ".join(prompts), steps=2, guidance=w)
+    if rank == 0:
+        save_png(grid(images, 4), file, prompts=" | ".join(prompts), steps=2, guidance=w)
 
 
-def finish(networks, args, device, dtype):
-    """Save the networks; on the pocket, compare the student with the teacher."""
+def tell_memory(networks, optimizer):
+    """What this process holds between two steps; the activations of a pass come on top."""
+    n = networks
+    held = processes.bytes_held(
+        [*n.trained().values()], [n.teacher, n.model.vae, n.model.text_encoder, n.reward],
+        optimizer)
+    parts = ", ".join(f"{name} {count / 1e9:.3f}" for name, count in held.items())
+    tqdm.write(f"tensors of a process: {sum(held.values()) / 1e9:.3f} GB ({parts})")
+
+
+def finish(run, args, device, dtype):
+    """Put the networks of the last checkpoint into the run folder; on the pocket, compare the
+    student with the teacher."""
     out = Path(args.out)
-    for name, network in networks.trained().items():
-        network.save_pretrained(out / name)
-    print("  ".join(str(out / name) for name in networks.trained()))
+    run.export()
+    print("  ".join(str(out / name) for name in run.networks))
     if args.evaluate and Path(args.teacher).resolve() == POCKET:
         comparison = evaluate.Config(
             unet=str(out / "unet_target"), out=str(out), guidance=(args.w_min + args.w_max) / 2,
@@ -455,62 +490,95 @@ def finish(networks, args, device, dtype):
         evaluate.compare(comparison, device, dtype)
 
 
-def main():
-    args = parse(Config(), __doc__, presets=PRESETS, published=PUBLISHED)
-    check(args)
-    rank, world, device, dtype = runs.setup_processes(args)
-    main_process, out = rank == 0, Path(args.out)
-    newest, start = runs.open_run(args, rank, world)
+def train(run, networks, one_pass, optimizer, shards, shape, args, rank, world):
+    """The loop. shape: of a latent. -> was it stopped before its last step?"""
+    rows, device = args.batch_size * args.grad_accum, networks.model.device
+    timesteps = DDIMSolver(networks.model.schedule, args.ddim_steps).timesteps.tolist()
+    prompts = [caption for _, caption in shards.first(8)]
+    log = runs.Log(args, run.start, world * rows, rank, world)
+    stream = data.batches(
+        shards, args.seed, run.start, args.steps, rows, rank, world, args.workers, log.broken)
+    stopped = False
+    with processes.Stop() as stop:
+        for step, (tensors, captions) in zip(range(run.start, args.steps), stream):
+            places = data.positions(step, rows, rank, world)  # of these rows in the stream
+            draws = data.random_draws(args.seed, places, shape, device)
+            stats = optimizer_step(networks, one_pass, optimizer, step, tensors, captions, draws,
+                                   args, world)
+            done = step + 1
+            if step == run.start and rank == 0:
+                tell_memory(networks, optimizer)
+            if stats is not None:
+                log.add(stats)
+            else:
+                names = data.names_of_step(shards, args.seed, step, rows, rank, world)
+                log.skip(done, names, "lower --lr or --reward-scale")
 
-    networks = Networks.load(args, newest, device, dtype)
-    optimizer = new_optimizer(networks, args, newest, device)
-    solver = DDIMSolver(networks.model.schedule, args.ddim_steps)
+            stopped = stop.asked(world)
+            last, saves = done == args.steps or stopped, done % args.checkpoint_every == 0
+            if (done % args.log_every == 0 or saves or last) and log.counts:
+                line = {"step": done} | means_by_name(log.means(world), timesteps)
+                line["lr"] = optimizer.param_groups[0]["lr"]
+                log(line, ("lcd", "reward", "grad_norm"))
+            if done % args.sample_every == 0 or last:
+                with log.pause():
+                    save_samples(networks, prompts, done, args, rank)
+            with log.pause():
+                if saves or last:
+                    run.save(done, optimizer)
+                run.poll()
+            if stopped:
+                break
+        run.end()
+    log.close()
+    return stopped
+
+
+def distil(run, args, rank, world, device, dtype):
+    """Everything of a run, once its folder is there."""
     shards = data.Shards(args.data, args.resolution, caption_lines=args.caption_lines,
-                         skip_bad=args.skip_bad_shards)
-    runs.record_skipped(args, shards.skipped, start, rank)
+                         skip_bad=args.skip_bad_shards, cache=args.cache,
+                         cache_gb=args.cache_gb)
+    runs.record_data(args, shards, run.start, rank)
+    networks = Networks.load(args, run.newest, device, dtype)
     side = networks.student.config.sample_size
     shape = (networks.model.vae.config.latent_channels, side, side)
     check_latents(args, shards, networks.latent_rm, shape)
+    run.know(networks.trained())
+    if args.shard:
+        for network in (networks.student, networks.target):
+            processes.shard(network, (ResnetBlock, Transformer), device, world)
+    optimizer = new_optimizer(networks, args, run.newest, device)
+    solver = DDIMSolver(networks.model.schedule, args.ddim_steps)
+    one_pass = Pass(networks, solver, args)
+    if not args.shard:  # else FSDP2 averages the gradients
+        one_pass = processes.averaged(one_pass, world)
     if args.compile:
         networks.compile()
 
-    rows = args.batch_size * args.grad_accum
-    prompts = [caption for _, caption in shards.first(8)]
-    if main_process:
-        cli.make_folder(out / "samples")
+    if rank == 0:
+        cli.make_folder(Path(args.out) / "samples")
         millions = sum(p.numel() for p in networks.student.parameters()) / 1e6
-        print(f"{millions:.1f} M parameters, {len(shards)} pictures, {world} x {rows} a step, "
+        print(f"{millions:.1f} M parameters, {len(shards)} pictures, {world} x "
+              f"{args.batch_size * args.grad_accum} a step, "
               f"reward {args.reward}, {device}, {str(dtype)[6:]}"
-              + (f"; resumes at step {start}" if 0 < start < args.steps else ""))
+              + (f"; resumes at step {run.start}" if 0 < run.start < args.steps else ""))
         for note in shards.notes():
             print(note)
-    log = runs.Log(out, start, args.steps, world * rows, rank, world, args.max_bad)
-    stream = data.batches(
-        shards, args.seed, start, args.steps, rows, rank, world, args.workers, log.broken)
+    stopped = train(run, networks, one_pass, optimizer, shards, shape, args, rank, world)
+    processes.end(world, device)
+    if rank == 0 and not stopped:
+        finish(run, args, device, dtype)
 
-    for step, (tensors, captions) in zip(range(start, args.steps), stream):
-        places = data.positions(step, rows, rank, world)  # of these rows in the stream of samples
-        draws = data.random_draws(args.seed, places, shape, device)
-        log.add(optimizer_step(
-            networks, optimizer, solver, step, tensors, captions, draws, args, world))
 
-        done = step + 1
-        last, saves = done == args.steps, done % args.checkpoint_every == 0
-        if done % args.log_every == 0 or saves or last:
-            line = {"step": done} | means_by_name(log.means(world), solver)
-            line["lr"] = optimizer.param_groups[0]["lr"]
-            log(line, ("lcd", "reward"), "lower --lr or --reward-scale")
-        if main_process and (done % args.sample_every == 0 or last):
-            with log.pause():
-                save_samples(networks, prompts, done, args)
-        if main_process and (saves or last):
-            with log.pause():
-                runs.save_checkpoint(out, done, networks.trained(), optimizer, args.keep)
-
-    log.close()
-    runs.end_processes(world, device)
-    if main_process:
-        finish(networks, args, device, dtype)
+def main():
+    args = parse(Config(), __doc__, presets=PRESETS, published=PUBLISHED)
+    check(args)
+    rank, world, device, dtype = processes.setup(args)
+    require(world > 1 or not args.shard,
+            "--shard shares weights out over processes, and there is one; start it by torchrun")
+    with runs.open_run(args, rank, world) as run:
+        distil(run, args, rank, world, device, dtype)
 
 
 if __name__ == "__main__":

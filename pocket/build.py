@@ -37,11 +37,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torchvision.transforms.functional import gaussian_blur
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 POCKET = Path(__file__).resolve().parent
 sys.path.insert(0, str(POCKET.parent))
-from data import add_pair
+import emoji
+from emoji import SIZE
 from latent_rm import LatentRMConfig, LatentViT, clip_loss
 from lcm_solver import NoiseSchedule
 from reward import PocketReward
@@ -51,12 +53,11 @@ from text_encoder import TextEncoder
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
-SIZE = 64
 HELD_OUT = 256  # of 3,373: as many as the retrieval among 256 prompts needs
 VOCABULARY = 4096
-STEPS = {"vae": 13000, "judge": 2000, "reward": 900, "text": 500, "teacher": 8000,
+STEPS = {"vae": 10000, "judge": 2400, "reward": 2400, "text": 1000, "teacher": 16000,
          "plain": 300, "student": 240}  # times --scale
-BATCH = {"vae": 8, "judge": 128, "reward": 96, "text": 128, "teacher": 32}
+BATCH = {"vae": 8, "judge": 128, "reward": 128, "text": 128, "teacher": 32}
 # held-out prompts of README's picture, chosen by hand among those that the teacher draws well
 README_SHOWS = "71,5,18,217,146,34,159,199,29,72"
 
@@ -64,48 +65,17 @@ README_SHOWS = "71,5,18,217,146,34,159,199,29,72"
 # ---------------------------------------------------------------- data
 
 def stage_data(args):
-    with tarfile.open(next(args.packages.glob("emojibase-data-*.tgz"))) as tar:
-        entries = json.load(tar.extractfile("package/en/data.json"))
-    labels = {}
-    for entry in entries:
-        for emoji in [entry, *entry.get("skins", [])]:
-            labels[emoji["hexcode"].lower()] = (emoji["label"], entry.get("tags", []))
-    frequency = collections.Counter(tag for entry in entries for tag in entry.get("tags", []))
-
-    samples = []
-    with tarfile.open(next(args.packages.glob("lobehub-fluent-emoji-3d-*.tgz"))) as tar:
-        for member in tar:
-            code = Path(member.name).stem
-            # emojibase leaves out the variation selector where it is optional
-            known = next((c for c in (code, code.replace("-fe0f", "")) if c in labels), None)
-            if not member.name.endswith(".webp") or known is None:
-                continue
-            label, tags = labels[known]
-            tags = [tag for tag in tags if tag not in label.lower()]
-            tags.sort(key=lambda tag: (-frequency[tag], tag))  # the most frequent first
-            picture = Image.open(io.BytesIO(tar.extractfile(member).read())).convert("RGBA")
-            white = Image.new("RGBA", picture.size, "white")
-            picture = Image.alpha_composite(white, picture).convert("RGB")
-            picture = picture.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
-            samples.append((code, picture, label, tags[:3]))
-    samples.sort(key=lambda s: s[0])
-    random.Random(0).shuffle(samples)
-    (POCKET / "data").mkdir(exist_ok=True)
-    for name, part in (("heldout", samples[:HELD_OUT]), ("train", samples[HELD_OUT:])):
-        with tarfile.open(POCKET / f"data/{name}-000.tar", "w") as tar:
-            for code, picture, label, tags in part:
-                image = io.BytesIO()
-                picture.save(image, "WEBP", lossless=True, quality=100, method=4)
-                # the first comma ends the label
-                caption = ", ".join([label.replace(", ", " and "), *tags])
-                add_pair(tar, code, "webp", image.getvalue(), caption)
-        print(f"data: {name}: {len(part)} pictures")
+    samples = emoji.read_families(args.packages)
+    splits = emoji.hold_out(samples)
+    emoji.write_shards(splits, args.out / "data")
+    print(f"data: {len(samples) - sum(map(len, splits.values()))} pictures left out, which show a "
+          "concept of unseen in another style, or a held-out pair with a skin tone")
 
 
-def read_split(name):
+def read_split(args, name):
     """-> uint8 images [N,3,64,64] and N captions of data/{name}-000.tar, in file order."""
     images, captions = [], []
-    with tarfile.open(POCKET / f"data/{name}-000.tar") as tar:
+    with tarfile.open(args.out / f"data/{name}-000.tar") as tar:
         for member in tar:
             data = tar.extractfile(member).read()
             if member.name.endswith(".webp"):
@@ -116,9 +86,9 @@ def read_split(name):
 
 
 def stage_tokenizer(args):
-    single_file.write_tokenizer(POCKET / "tokenizer", "sd1", VOCABULARY, 32)
-    tokenizer = CLIPTokenizer.from_pretrained(POCKET / "tokenizer")
-    lengths = [len(ids) for ids in tokenizer(read_split("train")[1]).input_ids]
+    single_file.write_tokenizer(args.out / "tokenizer", "sd1", VOCABULARY, 32)
+    tokenizer = CLIPTokenizer.from_pretrained(args.out / "tokenizer")
+    lengths = [len(ids) for ids in tokenizer(read_split(args, "train")[1]).input_ids]
     print(f"tokenizer: {len(tokenizer)} entries; "
           f"captions take {np.mean(lengths):.1f} tokens on average, "
           f"{sum(n > 32 for n in lengths)} of {len(lengths)} more than 32")
@@ -220,22 +190,35 @@ def warp(images, generator):
     return (1 - 2 * ink).clamp(-1, 1)
 
 
+def spoil(pictures, generator):
+    """[-1,1]: half of the batch blurred, and all with noise, as generated pictures are: a score
+    must not hang on sharpness or on a pixel's last bit."""
+    half = len(pictures) // 2
+    sigma = 0.3 + 0.9 * torch.rand((), generator=generator).item()
+    pictures = torch.cat([gaussian_blur(pictures[:half], 5, sigma), pictures[half:]])
+    level = 0.1 * torch.rand(len(pictures), 1, 1, 1, generator=generator)
+    return pictures + level * torch.randn(pictures.shape, generator=generator)
+
+
 def vary(captions, rng):
     """Captions as people type them: the label alone or with some of its tags, now and then with
-    an article."""
+    an article or without the style."""
     out = []
     for caption in captions:
-        label, *tags = caption.split(", ")
+        label, *tags, style = caption.split(", ")
         tags = rng.sample(tags, rng.randint(0, len(tags)))
         article = "a " if rng.random() < 0.2 else ""
-        out.append(article + ", ".join([label, *tags]))
+        end = [style] if rng.random() < 0.85 else []
+        out.append(article + ", ".join([label, *tags, *end]))
     return out
 
 
 def rarity(captions):
-    """How likely each picture is to be drawn, [N]: 1 / sqrt(the number that share its concept).
-    Six skin tones of one gesture, or 227 flags, teach less than as many different things."""
-    concepts = [caption.split(", ")[0].split(":")[0] for caption in captions]
+    """How likely each picture is to be drawn, [N]: 1 / sqrt(the number of its style that share
+    its concept). 227 flags, or a gesture in two skin tones, teach less than as many different
+    things."""
+    concepts = [(caption.split(", ")[0].split(":")[0], caption.split(", ")[-1])
+                for caption in captions]
     count = collections.Counter(concepts)
     return torch.tensor([count[concept] ** -0.5 for concept in concepts])
 
@@ -252,27 +235,18 @@ def stage_vae(args):
     # the decoder gets it back by one bright speck a picture.
     vae = VAE(VAEConfig(block_out_channels=(16, 32, 96), norm_num_groups=4, sample_size=SIZE))
     vae.to(args.device, memory_format=torch.channels_last)
-    images = read_split("train")[0]
-    before = None
-    if args.go_on:
-        before = VAE.from_pretrained(POCKET, device=args.device).requires_grad_(False)
-        encoder_side = {key: tensor for key, tensor in before.state_dict().items()
-                        if not key.startswith(("decoder", "post_quant"))}
-        vae.load_state_dict(encoder_side, strict=False)
+    images = read_split(args, "train")[0]
 
     def loss_on(pictures, noise):
         with autocast(args.device, args.precision):
             mean, std = vae.posterior(pictures)
             out = vae.decode((mean + std * noise) * vae.config.scaling_factor).float()
-        apart = 0.0
-        if before:
-            shift = mean - before.posterior(pictures)[0]
-            apart = vae.config.scaling_factor ** 2 * shift.square().mean()
         kl = 0.5 * (mean.float() ** 2 + std.float() ** 2 - 1 - 2 * std.float().log()).mean()
-        # L1 at full and at half resolution: the coarse term keeps colours from greying while edges
-        # are still wrong
+        # L1 keeps edges, L2 (with a weight at which both count alike) sees lone wrong pixels, and
+        # L1 at half resolution keeps colours from greying while edges are still wrong
         coarse = (F.avg_pool2d(out, 2) - F.avg_pool2d(pictures, 2)).abs().mean()
-        return (out - pictures).abs().mean() + coarse + 1e-5 * kl + apart
+        error = out - pictures
+        return error.abs().mean() + 5 * error.square().mean() + coarse + 1e-5 * kl
 
     compiled = torch.compile(loss_on)
 
@@ -282,19 +256,19 @@ def stage_vae(args):
         pictures = pictures.to(args.device, memory_format=torch.channels_last)
         return compiled(pictures, noise.to(args.device))
 
-    encoder = torch.nn.ModuleList([vae.encoder, vae.quant_conv])
-    decoder = torch.nn.ModuleList([vae.decoder, vae.post_quant_conv])
-    modules = {"encoder": (encoder, 0.3 if before else 1.0), "decoder": (decoder, 1.0)}
-    fit("vae", args, modules, loss_of_step, 2e-3, ema=0.999)
+    fit("vae", args, {"vae": (vae, 1.0)}, loss_of_step, 2e-3, ema=0.999)
     vae.eval()
     whiten(vae, images, args)
-    held_out = read_split("heldout")[0].to(args.device).float() / 127.5 - 1
+    held_out, captions = read_split(args, "heldout")
+    held_out = held_out.to(args.device).float() / 127.5 - 1
     with torch.no_grad():
         mean, std = vae.posterior(held_out)
         out = vae.decode(mean * vae.config.scaling_factor).clamp(-1, 1)
-    psnr = 10 * torch.log10(4 / (out - held_out).square().mean(dim=(1, 2, 3))).mean()
-    print(f"vae: held-out PSNR {psnr:.2f} dB, posterior std {std.mean():.3f} (unscaled)")
-    vae.save_pretrained(POCKET / "vae", dtype=torch.float16)
+    psnr = 10 * torch.log10(4 / (out - held_out).square().mean(dim=(1, 2, 3)))
+    print(f"vae: held-out PSNR {psnr.mean():.2f} dB (" + ", ".join(
+        f"{style} {psnr[[caption.endswith(', ' + style) for caption in captions]].mean():.1f}"
+        for style in emoji.STYLES) + f"), posterior std {std.mean():.3f} (unscaled)")
+    vae.save_pretrained(args.out / "vae", dtype=torch.float16)
 
 
 @torch.no_grad()
@@ -321,27 +295,32 @@ def whiten(vae, images, args):
 
 # ---------------------------------------------------------------- judge and reward
 
-TEXT_TOWER = {"context_length": 32, "vocab_size": VOCABULARY, "width": 192, "heads": 6, "layers": 3}
 CLIPS = {
     "judge": {
         "embed_dim": 192,
-        "vision_cfg": {"image_size": SIZE, "layers": [1, 1, 2, 1], "width": 24, "head_width": 48},
-        "text_cfg": TEXT_TOWER,
+        "vision_cfg": {"image_size": SIZE, "timm_model_name": "convnext_atto",
+                       "timm_model_pretrained": False, "timm_pool": "avg", "timm_proj": "linear"},
+        "text_cfg": {"context_length": 32, "vocab_size": VOCABULARY, "width": 160, "heads": 5,
+                     "layers": 2},
     },
     "reward": {
         "embed_dim": 192,
         "vision_cfg": {"image_size": SIZE, "layers": 5, "width": 192, "head_width": 32,
                        "patch_size": 8},
-        "text_cfg": TEXT_TOWER,
+        "text_cfg": {"context_length": 32, "vocab_size": VOCABULARY, "width": 192, "heads": 6,
+                     "layers": 2},
     },
 }
 
 
 def stage_clip(name, args):
     torch.manual_seed({"judge": 1, "reward": 2}[name])
-    tokenizer = CLIPTokenizer.from_pretrained(POCKET / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(args.out / "tokenizer")
     model = PocketReward(CLIPS[name], tokenizer).to(args.device)
-    images, captions = read_split("train")
+    # The judge takes part in no loss: it may know what the pictures it judges should look like.
+    splits = ["train", *emoji.SPLITS] if name == "judge" else ["train"]
+    images, captions = zip(*(read_split(args, split) for split in splits))
+    images, captions = torch.cat(images), sum(captions, [])
 
     def loss_on(pictures, ids):
         with autocast(args.device, args.precision):
@@ -351,41 +330,22 @@ def stage_clip(name, args):
 
     def loss_of_step(step, generator):
         chosen = torch.randperm(len(images), generator=generator)[:BATCH[name]]
-        pictures = warp(images[chosen], generator).to(args.device)
+        pictures = spoil(warp(images[chosen], generator), generator).to(args.device)
         prompts = vary([captions[i] for i in chosen], random.Random(step))
-        ids = model.tokenize(prompts).to(args.device)
-        if name == "reward":  # noise, so that the score of a picture does not hang on its last bit
-            level = 0.1 * torch.rand(len(pictures), 1, 1, 1, generator=generator)
-            noise = level * torch.randn(pictures.shape, generator=generator)
-            pictures = pictures + noise.to(args.device)
-        return loss_on(pictures, ids)
+        return loss_on(pictures, model.tokenize(prompts).to(args.device))
 
     fit(name, args, {"clip": (model.clip, 1.0)}, loss_of_step, 1e-3, ema=0.998, weight_decay=0.1)
-    if name == "judge":
-        settle_batch_norm(model.clip, images, args)
     model.eval()
-    model.save_pretrained(POCKET / name, dtype=torch.float16)
-    images, captions = read_split("heldout")
-    with torch.no_grad():
-        image = model.image_features(images.to(args.device).float() / 255)
-        text = model.text_features(captions)
-    found = (image @ text.T).argmax(1).cpu() == torch.arange(len(image))
-    print(f"{name}: held-out score {(image * text).sum(1).mean():.3f}, "
-          f"image-to-text top-1 of {len(image)}: {found.float().mean():.1%}; "
-          f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
-
-
-@torch.no_grad()
-def settle_batch_norm(clip, images, args):
-    """The averaged weights need batch statistics of their own."""
-    norms = [m for m in clip.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # cumulative average
-    clip.train()
-    generator = torch.Generator().manual_seed(0)
-    for chunk in images.split(128):
-        clip.encode_image(warp(chunk, generator).to(args.device))
+    model.save_pretrained(args.out / name, dtype=torch.float16)
+    for split in ("heldout", "unseen"):
+        images, captions = read_split(args, split)
+        with torch.no_grad():
+            image = model.image_features(images.to(args.device).float() / 255)
+            text = model.text_features(captions)
+        found = (image @ text.T).argmax(1).cpu() == torch.arange(len(image))
+        print(f"{name}: {split}: score {(image * text).sum(1).mean():.3f}, "
+              f"image-to-text top-1 of {len(image)}: {found.float().mean():.1%}")
+    print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
 
 
 # ---------------------------------------------------------------- teacher
@@ -396,11 +356,11 @@ TEXT_ENCODER = {
     "projection_dim": 192,
 }
 UNET = {
-    "sample_size": SIZE // 4, "block_out_channels": (64, 128, 192), "layers_per_block": 1,
+    "sample_size": SIZE // 4, "block_out_channels": (64, 128, 160), "layers_per_block": 1,
     "cross_attention_dim": 192,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "attention_head_dim": (2, 4, 6),
+    "attention_head_dim": (2, 4, 5),
 }
 SCHEDULER = {
     "_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085,
@@ -413,7 +373,7 @@ SCHEDULER = {
 @torch.no_grad()
 def encode_split(images, args):
     """-> scaled latents [N,4,16,16] of uint8 pictures [N,3,64,64]."""
-    vae = VAE.from_pretrained(POCKET, dtype=torch.float32, device=args.device)
+    vae = VAE.from_pretrained(args.out, dtype=torch.float32, device=args.device)
     means = []
     for part in images.split(256):
         mean, _ = vae.posterior(part.to(args.device).float() / 127.5 - 1)
@@ -452,7 +412,7 @@ def fit_text_encoder(text_encoder, latents, captions, args):
 
 def stage_teacher(args):
     torch.manual_seed(3)
-    tokenizer = CLIPTokenizer.from_pretrained(POCKET / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(args.out / "tokenizer")
     model = CLIPTextModel(CLIPTextConfig(**TEXT_ENCODER, bos_token_id=None,
                                          eos_token_id=tokenizer.eos_token_id,
                                          pad_token_id=tokenizer.pad_token_id))
@@ -460,13 +420,9 @@ def stage_teacher(args):
     unet, schedule = UNet(UNetConfig(**UNET)).to(args.device), NoiseSchedule(device=args.device)
     print(f"teacher: UNet {sum(p.numel() for p in unet.parameters()) / 1e6:.1f} M, "
           f"text encoder {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
-    images, captions = read_split("train")
+    images, captions = read_split(args, "train")
     latents = encode_split(images, args)
-    if args.go_on:
-        unet.load_state_dict(UNet.from_pretrained(POCKET).state_dict())
-        model.load_state_dict(TextEncoder.from_pretrained(POCKET).model.state_dict())
-    else:
-        fit_text_encoder(text_encoder, latents, captions, args)
+    fit_text_encoder(text_encoder, latents, captions, args)
     likely = rarity(captions)
 
     def denoise(ids, z, noise, t):
@@ -497,13 +453,13 @@ def stage_teacher(args):
                         latents[chosen.to(args.device)], noise.to(args.device), t.to(args.device))
 
     modules = {"unet": (unet, 1.0), "text": (model, 0.3)}
-    if fit("teacher", args, modules, denoise_of_step, 6e-4 if args.go_on else 1e-3, ema=0.999):
+    if fit("teacher", args, modules, denoise_of_step, 1e-3, ema=0.999):
         for name in ("plain", "student"):  # distilled from an earlier one
             shutil.rmtree(args.work / name, ignore_errors=True)
-    unet.save_pretrained(POCKET / "unet", dtype=torch.float16)
-    text_encoder.save_pretrained(POCKET, dtype=torch.float16)
-    (POCKET / "scheduler").mkdir(exist_ok=True)
-    file = POCKET / "scheduler/scheduler_config.json"
+    unet.save_pretrained(args.out / "unet", dtype=torch.float16)
+    text_encoder.save_pretrained(args.out, dtype=torch.float16)
+    (args.out / "scheduler").mkdir(exist_ok=True)
+    file = args.out / "scheduler/scheduler_config.json"
     file.write_text(json.dumps(SCHEDULER, indent=2) + "\n")
 
 
@@ -561,14 +517,11 @@ def main():
     parser.add_argument("--stages", default="all", help="comma-separated, or all")
     parser.add_argument("--packages", type=Path, default=Path("."),
                         help="folder with the two .tgz of npm pack")
+    parser.add_argument("--out", type=Path, default=POCKET, help="folder that becomes the pocket")
     parser.add_argument("--work", type=Path, default=POCKET / "state",
                         help="folder for the state of unfinished stages")
     parser.add_argument("--device", type=torch.device,
                         default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--go-on", action="store_true",
-                        help="teacher: start from the weights in pocket/, not from noise; "
-                             "vae: likewise, with a new decoder, and the latents stay near what "
-                             "they were, so that the teacher can go on too")
     parser.add_argument("--scale", type=float, default=1.0,
                         help="multiplies every stage's number of steps (0.01: a rehearsal)")
     args = parser.parse_args()
@@ -577,11 +530,6 @@ def main():
     chosen = list(STAGES) if args.stages == "all" else args.stages.split(",")
     if set(chosen) - set(STAGES):
         parser.error(f"--stages {args.stages}: expected some of {','.join(STAGES)}")
-    packages = [*args.packages.glob("emojibase-data-*.tgz"),
-                *args.packages.glob("lobehub-fluent-emoji-3d-*.tgz")]
-    if "data" in chosen and len(packages) != 2:
-        parser.error(f"--packages {args.packages}: expected the two .tgz of `npm pack` "
-                     "(see above) there, one version of each")
     for stage in chosen:
         start = time.time()
         STAGES[stage](args)

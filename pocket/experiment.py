@@ -136,7 +136,7 @@ class Measures:
 
     def __init__(self, args, expert, device, dtype):
         shards = Shards(HELDOUT, 64)
-        pairs = [shards[i] for i in range(min(args.limit, len(shards)))]
+        pairs = shards.first(args.limit)
         real, prompts = zip(*pairs)
         self.args, self.expert, self.prompts = args, expert, list(prompts)
         self.real = torch.stack(real) / 2 + 0.5

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import sys
 import time
@@ -72,9 +73,19 @@ def add_option(section, field, value, published):
         section.add_argument(
             name, nargs="+", action="extend", default=None, help=text, metavar=name[2:].upper())
     else:
+        kind = number if kind is float else kind
         section.add_argument(
             name, type=kind, default=value, choices=meta.get("choices"), help=text,
             metavar=None if meta.get("choices") else name[2:].upper())
+
+
+def number(text):
+    """A float from the command line. NaN and the infinities are none: no comparison refuses a NaN,
+    and one in the arithmetic spoils all that follows."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text}: expected a finite number")
+    return value
 
 
 def option(default, help, **more):
@@ -83,7 +94,11 @@ def option(default, help, **more):
 
 def run(main):
     """Call main(); bad input becomes one line on stderr and exit code 2."""
+    if hasattr(sys.stdout, "reconfigure"):
+        # a terminal that cannot show a prompt's letters shows their numbers
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        readable(sys.argv)
         main()
     except InputError as error:
         # a data loading process wraps the message in a traceback, and libraries write messages of
@@ -94,6 +109,19 @@ def run(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def readable(argv):
+    """Raise InputError if an argument holds bytes that are no text. Python has let them through as
+    lone surrogates, which neither tokenizers nor JSON nor safetensors can take."""
+    for text in argv:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            encoding = sys.getfilesystemencoding()
+            raise InputError(f"argument {ascii(text)}: its bytes are no text in {encoding}, the "
+                             "encoding of this shell; expected UTF-8, in a locale that has it "
+                             "(LANG=C.UTF-8); rename a file whose name is none") from None
 
 
 def pick_device(name):

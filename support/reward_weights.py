@@ -11,7 +11,15 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from support.cli import require
 from support.single_file import replace_all
-from support.weights import Component, InputError, Tensors, finite, first_line
+from support.weights import (
+    Component,
+    InputError,
+    Tensors,
+    conversion,
+    finite,
+    first_line,
+    load_torch,
+)
 
 
 @dataclass(frozen=True)
@@ -43,21 +51,15 @@ class Pickle:
 
     def __init__(self, file):
         self.where = str(file)
-        load = lambda mmap: torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-        try:
-            try:
-                raw = load(mmap=True)
-            except RuntimeError:  # the format before torch 1.6 cannot be mapped
-                raw = load(mmap=False)
-            raw = raw.get("state_dict", raw)
-        except Exception as error:
-            raise InputError(f"{file}: not a whole torch pickle of plain tensors "
-                             f"({first_line(error)}); copy or download it again") from None
+        raw = load_torch(file, mmap=True, remedy="copy or download it again, or, if it holds more "
+                         f"than tensors, convert it, in the repository: {conversion(file)}")
+        raw = raw.get("state_dict", raw) if isinstance(raw, dict) else {}
         self.tensors = {}
         for key, tensor in raw.items():
             if isinstance(tensor, torch.Tensor):
                 self.tensors[key.removeprefix("module.")] = tensor
         self.shapes = {key: tuple(tensor.shape) for key, tensor in self.tensors.items()}
+        self.dtypes = {key: tensor.dtype for key, tensor in self.tensors.items()}
 
     def read(self, key, dtype, device):
         tensor = self.tensors[key]
@@ -99,6 +101,7 @@ class AsOpenClip:
 
     def __init__(self, tensors):
         self.tensors, self.where, self.sources = tensors, tensors.where, {}
+        self.dtypes = tensors.dtypes  # by the names in the file, for messages
         order = lambda key: (".v_proj." in key, ".k_proj." in key)  # q before k before v
         for key in sorted(tensors.shapes, key=order):
             self.sources.setdefault(replace_all(key, CLIP_MODEL), []).append(key)

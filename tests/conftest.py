@@ -2,10 +2,14 @@
 and a few helpers."""
 import io
 import json
+import multiprocessing
+import os
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -250,3 +254,88 @@ def shard(tmp_path_factory):
     for i, caption in enumerate(CAPTIONS):
         members += [(f"{i:04d}.png", random_png(i)), (f"{i:04d}.txt", caption.encode())]
     return write_shard(tmp_path_factory.mktemp("shards") / "train-000.tar", members)
+
+
+@pytest.fixture
+def options(model_folder, shard):
+    """options(out, steps=4, ...) -> the arguments of train.py for a small run."""
+    def make(out, **changes):
+        values = dict(
+            teacher=model_folder, data=shard, out=out, resolution=32, batch_size=2, steps=4,
+            lr=1e-3, reward="none", reward_scale=1.0, log_every=1, checkpoint_every=2,
+            sample_every=100, device="cpu", precision="fp32", compile=False) | changes
+        argv = []
+        for key, value in values.items():
+            name = key.replace("_", "-")
+            if isinstance(value, bool):
+                argv += [f"--{name}" if value else f"--no-{name}"]
+            else:
+                argv += [f"--{name}", str(value)]
+        return argv
+    return make
+
+
+@pytest.fixture
+def fit(options):
+    """fit(out, ...): train.py in this process -> exit code."""
+    import train
+    return lambda out, **changes: call(train.main, *options(out, **changes))
+
+
+# Processes of training scripts are forked from one that has imported them already.
+forks = multiprocessing.get_context("forkserver")
+forks.set_forkserver_preload(["train", "latent_rm", "conftest"])
+
+
+def run_forked(name, argv, environment, output):
+    os.environ.update(environment)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1), os.dup2(file, 2)
+    sys.exit(call(sys.modules[name].main, *argv))
+
+
+class launch:
+    """Run train.py, or another script by its name, as `world` processes; they begin at once."""
+
+    def __init__(self, argv, world=1, name="train"):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.output = Path(tempfile.mkdtemp()) / "output"
+        self.processes = []
+        for rank in range(world):
+            environment = {} if world == 1 else {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            work = name, list(map(str, argv)), environment, str(self.output)
+            self.processes.append(forks.Process(target=run_forked, args=work))
+            self.processes[-1].start()
+
+    def alive(self):
+        return any(process.is_alive() for process in self.processes)
+
+    def send(self, number):
+        for process in self.processes:
+            os.kill(process.pid, number)
+
+    def wait(self, timeout=150):
+        """-> the exit code of each process, and what all of them printed"""
+        for process in self.processes:
+            process.join(timeout)
+            if process.is_alive():
+                process.kill()
+                raise TimeoutError(self.output.read_text())
+        return [process.exitcode for process in self.processes], self.output.read_text()
+
+    def succeed(self):
+        codes, output = self.wait()
+        assert not any(codes), output
+        return output
+
+
+def lines_of(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def log(out, *keys):
+    return [tuple(line[key] for key in keys) for line in lines_of(out)]

@@ -1,9 +1,13 @@
 import dataclasses
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
+from conftest import ROOT
 from support import cli
 
 CPU = torch.device("cpu")
@@ -51,6 +55,41 @@ class Options(Base):
     size: int = cli.option(1, "how large, in % of all")
     fast: bool = cli.option(False, "be quick", group="machine")
     words: list[str] = cli.option((), "words", list=True)
+
+
+@dataclasses.dataclass
+class Numbers:
+    guidance: float = cli.option(3.0, "w")
+    share: float | None = cli.option(None, "a share")
+
+
+@pytest.mark.parametrize("text", ["nan", "NaN", "inf", "-inf", "1e999", "infinity"])
+@pytest.mark.parametrize("name", ["--guidance", "--share"])
+def test_a_number_that_is_not_finite_is_refused_for_every_option(name, text, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(Numbers(), "doc", [f"{name}={text}"])
+    assert stop.value.code == 2
+    assert f"argument {name}: {text}: expected a finite number" in capsys.readouterr().err
+    assert cli.parse(Numbers(), "doc", [f"{name}=-2.5e-3"])
+
+
+@pytest.mark.parametrize("script, argument", [
+    ("sample.py", [b"--prompt", b"caf\xe9"]), ("reward.py", [b"--reward", b"hpsv2.1=\xff.pt"])])
+def test_an_argument_that_is_no_text_is_one_line_and_exit_code_2(script, argument):
+    done = subprocess.run(
+        [sys.executable, ROOT / script, *argument], capture_output=True, timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"})
+    assert done.returncode == 2 and done.stderr.startswith(b"error: argument '")
+    assert b"\\udc" in done.stderr and done.stderr.count(b"\n") == 1
+
+
+def test_a_prompt_that_the_terminal_cannot_show_is_no_error():
+    code = ("from support import cli; from tqdm import tqdm\n"
+            "cli.run(lambda: (print('caf\u00e9 \u732b'), tqdm.write('\u732b')))")
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and done.stdout.count(b"\\u732b") == 2, done.stderr
 
 
 PRESETS = {"small": {}, "sd21": {"size": 9, "fast": True}}

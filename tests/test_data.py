@@ -172,7 +172,7 @@ def test_an_animation_is_its_first_frame(kind):
 
 def test_a_folder_and_a_glob_give_the_same_as_the_tar(shard):
     paths = (shard.parent, shard.parent / "*.tar", shard)
-    first, *others = (Shards(path, 16).samples.tolist() for path in paths)
+    first, *others = (list(Shards(path, 16).samples) for path in paths)
     assert first == others[0] == others[1]
 
 
@@ -410,12 +410,9 @@ def test_a_packed_tar_is_refused_with_the_command_that_unpacks_it(name, tmp_path
     assert captions_of(Shards(plain, 8)) == ["words"]
 
 
-@pytest.mark.parametrize("path, reason", [
-    ("pipe:cat a.tar", "any order"), ("s3://bucket/{00..10}.tar", "copy them"),
-    ("https://host/a.tar", "copy them")])
-def test_pipes_and_remote_shards_are_refused_with_the_reason(path, reason):
-    with pytest.raises(InputError, match=re.escape(path.split("{")[0]) + ".*" + reason):
-        Shards(path, 8)
+def test_pipes_are_refused_with_the_reason():
+    with pytest.raises(InputError, match="pipe:cat a.tar.*any order"):
+        Shards("pipe:cat a.tar", 8)
 
 
 def test_members_that_are_no_samples_are_passed_over_and_counted(tmp_path):

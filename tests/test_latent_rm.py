@@ -1,11 +1,8 @@
 import io
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import open_clip
@@ -16,7 +13,7 @@ from transformers import CLIPTokenizer
 
 import data
 import latent_rm as script
-from conftest import CAPTIONS, LATENT_RM, ROOT, agree, call, rand, randomize, write_shard
+from conftest import CAPTIONS, LATENT_RM, agree, call, launch, rand, randomize, write_shard
 from latent_rm import (
     LatentRM,
     LatentRMConfig,
@@ -397,15 +394,10 @@ def test_the_scale_of_the_logits_stops_at_100_and_may_come_down_again(
 
 def test_two_processes_compare_the_pairs_of_both(model_folder, shard, tmp_path):
     """The gradient too, logit_scale's included: the loss is over the global batch."""
-    def run(out, *launcher, **more):
-        argv = options(model_folder, shard, out, steps=3, lr=3e-5, **more)
-        subprocess.run(
-            [sys.executable, *launcher, str(ROOT / "latent_rm.py"), *argv], check=True,
-            capture_output=True, timeout=150, env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"
-    run(tmp_path / "two", *torchrun, batch_size=4)
-    run(tmp_path / "one", batch_size=8)
+    for name, world, rows in (("two", 2, 4), ("one", 1, 8)):
+        argv = options(
+            model_folder, shard, tmp_path / name, steps=3, lr=3e-5, batch_size=rows)
+        launch(argv, world, "latent_rm").succeed()
     keys = "loss", "grad_norm", "logit_scale"
     for first, second in zip(
             log(tmp_path / "one", *keys), log(tmp_path / "two", *keys), strict=True):

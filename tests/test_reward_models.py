@@ -613,7 +613,7 @@ class Listed:
     where = "list"
 
     def __init__(self, keys):
-        self.shapes = keys
+        self.shapes, self.dtypes = keys, {}
 
 
 def vit_h():

@@ -1,12 +1,15 @@
 """support/runs.py, apart from what test_train.py and test_latent_rm.py show of whole runs."""
 import json
 import subprocess
+import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from support import runs
+from support.weights import InputError
 
 
 @dataclass
@@ -116,17 +119,18 @@ def test_every_line_is_a_point_of_each_curve_in_tensorboard(tmp_path, monkeypatc
             points.append("closed")
 
     monkeypatch.setattr(runs, "SummaryWriter", Writer)
-    log = runs.Log(tmp_path, 2, 4, 1, rank=0)
-    log({"step": 3, "lcd": 0.5, "lcd_at": {"99": 0.25}}, (), "")
+    args = Config(out=str(tmp_path), steps=4)
+    log = runs.Log(args, 2, 1, rank=0)
+    log({"step": 3, "lcd": 0.5, "lcd_at": {"99": 0.25}, "lr": 1e-3}, ())
     log.close()
-    other = runs.Log(tmp_path, 2, 4, 1, rank=1)  # another process: writes nothing
+    other = runs.Log(args, 2, 1, rank=1)  # another process: writes nothing
     assert other.board is None
     assert points[0] == ("tensorboard", 3) and points[-1] == "closed"
     assert ("lcd", 0.5, 3) in points and ("lcd_at/99", 0.25, 3) in points
 
 
 def test_means_are_of_all_that_was_added_since_the_last(tmp_path):
-    log = runs.Log(tmp_path, 0, 4, 1, rank=0)
+    log = runs.Log(Config(out=str(tmp_path), steps=4), 0, 1, rank=0)
     for value in (1.0, 3.0):
         log.add({"a": torch.tensor(value), "at": torch.tensor([value, 1.0])})
     log.add({"b": torch.tensor(5.0)})
@@ -134,6 +138,31 @@ def test_means_are_of_all_that_was_added_since_the_last(tmp_path):
     assert (means["a"].item(), means["at"].tolist(), means["b"].item()) == (2.0, [2.0, 1.0], 5.0)
     assert log.means(world=1) == {}
     log.close()
+
+
+def test_weights_and_biases_get_every_line_and_go_on_in_the_same_run(tmp_path, monkeypatch):
+    calls = []
+    ids = iter(["first", "second"])
+    wandb = SimpleNamespace(
+        util=SimpleNamespace(generate_id=lambda: next(ids)),
+        init=lambda **options: calls.append(options) or SimpleNamespace(
+            log=lambda line, step: calls.append((line, step)), finish=lambda: calls.append("end")))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    args = Config(out=str(tmp_path), steps=4, wandb="mine")
+    for step in (1, 2):
+        log = runs.Log(args, step - 1, 1, rank=0)
+        log({"step": step, "lcd_at": {"99": 0.25}, "lr": 1e-3}, ())
+        log.close()
+    first, second = (call for call in calls if isinstance(call, dict))
+    assert first["project"] == "mine" and first["id"] == second["id"] == "first"
+    assert second["resume"] == "allow" and first["config"]["steps"] == 4
+    assert (calls[1][0]["lcd_at/99"], calls[1][1], calls[2]) == (0.25, 1, "end")
+
+
+def test_without_the_package_wandb_the_option_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(InputError, match=r"pip install 'rg-lcd\[wandb\]'"):
+        runs.Log(Config(out=str(tmp_path), wandb="mine"), 0, 1, rank=0)
 
 
 def test_numbers_by_name_are_logged_as_they_are_and_flat_in_tensorboard():

@@ -21,7 +21,7 @@ from conftest import (
     make_text_encoder,
     teacher_pipeline,
 )
-from pipeline import Pipeline
+from pipeline import Pipeline, save_png
 from support.weights import WEIGHTS
 from text_encoder import TextEncoder
 from unet import UNet, UNetConfig
@@ -93,6 +93,33 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(cli, tmp_path):
     (tmp_path / "prompts.txt").write_text("rocket\n", encoding="utf-8-sig")
     assert cli("--prompts", tmp_path / "prompts.txt") == 0
     assert Image.open(tmp_path / "out" / "00000.png").text["prompt"] == "rocket"
+
+
+def test_prompts_that_are_cut_are_told_once_in_words(cli, capsys):
+    long = "house, " * 40
+    options = ["--n", 2, "--batch", 1]
+    assert cli(*prompts("rocket", long, long, "a fish, " * 20), *options) == 0
+    said, err = capsys.readouterr()
+    notes = [line for line in said.splitlines() if line.startswith("note: ")]
+    assert notes == ['note: 2 of 3 prompts cut at 32 tokens, the rest is not read: '
+                     '"house, house, house, house, house,..." has 82']
+    assert "longer than" not in err  # no warning of transformers' beside it
+
+
+def test_a_prompt_that_fits_exactly_is_not_told(cli, capsys):
+    assert cli(*prompts("house " * 30)) == 0  # and the tokens for its begin and end
+    assert "note" not in capsys.readouterr().out
+    assert cli(*prompts("rocket"), "--negative", "fish " * 31, "--solver", "ddim") == 0
+    assert "note: 1 of 2 prompts cut at 32 tokens" in capsys.readouterr().out
+
+
+def test_pictures_of_two_processes_do_not_meet_under_one_temporary_name(tmp_path, monkeypatch):
+    names, picture = [], Image.new("RGB", (2, 2))
+    monkeypatch.setattr(picture, "save", lambda new, *_, **__: (names.append(new), new.touch()))
+    for pid in (11, 12):
+        monkeypatch.setattr(os, "getpid", lambda pid=pid: pid)
+        save_png(picture, tmp_path / "a.png")
+    assert len(set(names)) == 2 and [f.name for f in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_the_teacher_is_sampled_with_ddim_and_a_negative_prompt_changes_the_picture(cli, tmp_path):

@@ -181,6 +181,14 @@ def test_a_missing_or_surplus_tensor_is_named(component, file):
         component.from_pretrained(file)
 
 
+@pytest.mark.parametrize("component", [UNet, VAE, TextEncoder])
+def test_a_quantized_single_file_is_refused(component, file):
+    state = load(file.read_bytes())
+    save_file({k: v.to(torch.float8_e4m3fn) for k, v in state.items()}, file)
+    with pytest.raises(InputError, match="tiny-512.* holds F8_E4M3 numbers.*not quantized"):
+        component.from_pretrained(file)
+
+
 def test_a_student_has_no_place_in_a_single_file(model_copy, tmp_path):
     shutil.rmtree(model_copy / "unet")
     (model_copy / "student").rename(model_copy / "unet")
@@ -196,6 +204,32 @@ def test_a_student_has_no_place_in_a_single_file(model_copy, tmp_path):
     ("mine.safetensors", {"modelspec.prediction_type": "v"}, "v_prediction"),
     ("mine-768.safetensors", {"modelspec.prediction_type": "epsilon"}, "epsilon"),
     ("mine.safetensors", None, None),
+    # words of the name, not parts of words
+    ("database.safetensors", None, None),
+    ("mine_7680.safetensors", None, None),
+    ("very.safetensors", None, None),
+    ("stable-diffusion-v-2-1.safetensors", None, None),
+    ("mine_base.safetensors", None, "epsilon"),
+    ("mine-eps.safetensors", None, "epsilon"),
+    ("mine_v.safetensors", None, "v_prediction"),
+    ("768-v-ema.safetensors", None, "v_prediction"),
+    ("mine_vpred.safetensors", None, "v_prediction"),
+    ("Mine V-Pred.safetensors", None, "v_prediction"),
+    ("mine-v_prediction.safetensors", None, "v_prediction"),
+    ("mine-512-vpred.safetensors", None, "v_prediction"),
+    ("mine768px.safetensors", None, "v_prediction"),
+    ("mine_512_to_768.safetensors", None, None),
+    ("mine_vpred_or_eps.safetensors", None, None),
+    # metadata in other spellings, before the name
+    *[("mine-512.safetensors", {key: word}, "v_prediction") for key, word in (
+        ("modelspec.prediction_type", "v_prediction"), ("modelspec.prediction_type", "vpred"),
+        ("modelspec.prediction_type", "V-Prediction"), ("prediction_type", "v"),
+        ("ss_v_parameterization", "True"), ("ss_v_parameterization", "true"),
+        ("modelspec.architecture", "stable-diffusion-v2-768-v"))],
+    *[("mine-768.safetensors", {key: word}, "epsilon") for key, word in (
+        ("modelspec.prediction_type", "eps"), ("prediction_type", " Epsilon"),
+        ("ss_v_parameterization", "False"))],
+    ("mine-768.safetensors", {"modelspec.prediction_type": "", "format": "pt"}, "v_prediction"),
 ])
 def test_the_prediction_type_comes_from_metadata_then_from_the_name_or_is_asked_for(
         name, metadata, expected, tmp_path):
@@ -211,14 +245,40 @@ def test_the_prediction_type_comes_from_metadata_then_from_the_name_or_is_asked_
         assert ScheduleConfig.from_pretrained(tmp_path / name).prediction_type == expected
 
 
-def test_sd1_predicts_epsilon_whatever_its_name(tmp_path):
+SD2_KEYS = ("model.diffusion_model.out.2.bias", "cond_stage_model.model.ln_final.weight")
+
+
+@pytest.mark.parametrize("metadata, mark, said", [
+    ({"modelspec.prediction_type": "sample"}, [], "modelspec.prediction_type = sample"),
+    ({"modelspec.prediction_type": "v", "ss_v_parameterization": "False"}, [],
+     "modelspec.prediction_type = v, ss_v_parameterization = false"),
+    ({"prediction_type": "epsilon"}, ["v_pred"], "epsilon, a tensor v_pred"),
+])
+def test_a_file_that_says_both_or_neither_of_epsilon_and_v_is_refused(
+        metadata, mark, said, tmp_path):
+    file = tmp_path / "mine-512.safetensors"
+    save_file({key: torch.zeros(1) for key in (*SD2_KEYS, *mark)}, file, metadata=metadata)
+    with pytest.raises(InputError, match=f"says .*{said}.*expected one of epsilon and v"):
+        ScheduleConfig.from_pretrained(file)
+
+
+def test_the_tensor_v_pred_marks_a_file_as_v(tmp_path):
+    file = tmp_path / "mine-512.safetensors"
+    save_file({key: torch.zeros(0) for key in (*SD2_KEYS, "v_pred")}, file)
+    assert ScheduleConfig.from_pretrained(file).prediction_type == "v_prediction"
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("mine", "epsilon"), ("mine-768", "epsilon"), ("mine_v", "epsilon"), ("v-1", "epsilon"),
+    ("mine_vpred", "v_prediction")])
+def test_sd1_predicts_epsilon_unless_its_name_has_the_word_vpred(name, expected, tmp_path):
     state = {
         "model.diffusion_model.out.2.bias": torch.zeros(4),
         "cond_stage_model.transformer.text_model.final_layer_norm.weight": torch.zeros(1),
     }
-    file = tmp_path / "mine.safetensors"
+    file = tmp_path / f"{name}.safetensors"
     save_file(state, file)
-    assert ScheduleConfig.from_pretrained(file).prediction_type == "epsilon"
+    assert ScheduleConfig.from_pretrained(file).prediction_type == expected
 
 
 @pytest.mark.parametrize("pad, kind", [(0, "sd2"), (49407, "sd1")])

@@ -2,6 +2,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from conftest import agree, cut, edit_json, make_text_encoder
@@ -46,6 +47,15 @@ def test_save_then_load_is_exact(model_folder, tmp_path):
     encoder.save_pretrained(tmp_path)
     shutil.copytree(model_folder / "tokenizer", tmp_path / "tokenizer")
     assert torch.equal(TextEncoder.from_pretrained(tmp_path)(PROMPTS), encoder(PROMPTS))
+
+
+def test_saving_in_half_precision_leaves_integers_alone(model_folder, tmp_path):
+    encoder = TextEncoder.from_pretrained(model_folder)
+    encoder.model.register_buffer("position_ids", torch.arange(3000))  # as older files have them
+    encoder.save_pretrained(tmp_path, dtype=torch.float16)
+    state = load_file(tmp_path / "text_encoder" / "model.safetensors")
+    assert state.pop("position_ids").tolist() == list(range(3000))
+    assert {tensor.dtype for tensor in state.values()} == {torch.float16}
 
 
 @torch.no_grad()

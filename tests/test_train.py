@@ -1,10 +1,7 @@
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
@@ -15,7 +12,18 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train
-from conftest import CAPTIONS, ROOT, agree, call, rand, randomize, write_shard
+from conftest import (
+    CAPTIONS,
+    ROOT,
+    agree,
+    call,
+    launch,
+    lines_of,
+    log,
+    rand,
+    randomize,
+    write_shard,
+)
 from data import Shards, positions
 from latent_rm import LatentRM, preference_loss
 from lcm_solver import DDIMSolver, NoiseSchedule, ScheduleConfig
@@ -34,49 +42,8 @@ def leave_matmul_precision():
     torch.set_float32_matmul_precision(before)
 
 
-@pytest.fixture
-def options(model_folder, shard):
-    """options(out, steps=4, ...) -> the arguments of train.py for a small run."""
-    def make(out, **changes):
-        values = dict(
-            teacher=model_folder, data=shard, out=out, resolution=32, batch_size=2, steps=4,
-            lr=1e-3, reward="none", reward_scale=1.0, log_every=1, checkpoint_every=2,
-            sample_every=100, device="cpu", precision="fp32", compile=False) | changes
-        argv = []
-        for key, value in values.items():
-            name = key.replace("_", "-")
-            if isinstance(value, bool):
-                argv += [f"--{name}" if value else f"--no-{name}"]
-            else:
-                argv += [f"--{name}", str(value)]
-        return argv
-    return make
-
-
-@pytest.fixture
-def fit(options):
-    """fit(out, ...): train.py in this process -> exit code."""
-    return lambda out, **changes: call(train.main, *options(out, **changes))
-
-
-def script(argv, *launcher):
-    return subprocess.Popen(
-        [sys.executable, *launcher, str(ROOT / "train.py"), *argv], text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-
-def finish(process):
-    output = process.communicate(timeout=150)[0]
-    assert process.returncode == 0, output
-
-
 def weights(out, name="unet"):
     return load_file(out / name / WEIGHTS)
-
-
-def log(out, *keys):
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [tuple(line[key] for key in keys) for line in lines]
 
 
 def start_of(model_folder):
@@ -401,7 +368,7 @@ def test_a_run_leaves_all_its_parts_and_students_that_diffusers_opens(fit, tmp_p
     from diffusers import UNet2DConditionModel
     out = tmp_path / "run"
     assert fit(out, steps=5, reward=f"pocket={model_folder}", keep=2, sample_every=3) == 0
-    assert {f.name for f in out.iterdir()} - {"tensorboard"} == {
+    assert {f.name for f in out.iterdir()} - {"tensorboard", ".lock"} == {
         "checkpoints", "config.json", "log.jsonl", "samples", "unet", "unet_target"}
     assert sorted(f.name for f in (out / "checkpoints").iterdir()) == ["step-000004", "step-000005"]
     assert sorted(f.name for f in (out / "samples").iterdir()) == [
@@ -453,14 +420,13 @@ def test_run_kill_run_equals_one_run_bit_for_bit(proxy, fit, options, tmp_path, 
     steps = through(proxy, model_folder, steps=30, checkpoint_every=10)
     whole, out = tmp_path / "whole", tmp_path / "killed"
     assert fit(whole, **steps) == 0
-    process, file = script(options(out, **steps)), out / "log.jsonl"
+    process, file = launch(options(out, **steps)), out / "log.jsonl"
     lines = lambda: len(file.read_text().splitlines()) if file.is_file() else 0
-    while process.poll() is None and lines() < 13:
+    while process.alive() and lines() < 13:
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL and not (out / "unet").exists()
-    finish(script(options(out, **steps)))
+    process.send(signal.SIGKILL)
+    assert process.wait()[0] == [-signal.SIGKILL] and not (out / "unet").exists()
+    launch(options(out, **steps)).succeed()
     for name in ("unet", "unet_target", "latent_rm")[:2 + proxy]:
         assert (out / name / WEIGHTS).read_bytes() == (whole / name / WEIGHTS).read_bytes()
     keys = ("step", "loss", "reward", "grad_norm", "lr", "rm_loss", "rm_accuracy")[:5 + 2 * proxy]
@@ -468,14 +434,42 @@ def test_run_kill_run_equals_one_run_bit_for_bit(proxy, fit, options, tmp_path, 
     assert [step for step, in log(out, "step")] == list(range(1, 31))
 
 
-@pytest.mark.parametrize("proxy", [False, True])
+@pytest.mark.parametrize(("sharded", "proxy"), [
+    (False, False), (False, True), (True, False),
+    pytest.param(True, True, marks=pytest.mark.slow)])
 def test_two_processes_equal_one_with_the_doubled_batch(
-        proxy, fit, options, tmp_path, model_folder):
+        sharded, proxy, fit, options, tmp_path, model_folder):
     same = through(proxy, model_folder, steps=3, lr=3e-5)
-    argv = options(tmp_path / "two", batch_size=2, **same)
-    finish(script(argv, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))
+    argv = options(tmp_path / "two", batch_size=1, grad_accum=2, shard=sharded, **same)
+    launch(argv, world=2).succeed()
     assert fit(tmp_path / "one", batch_size=4, **same) == 0
     assert_same_training(tmp_path / "one", tmp_path / "two", model_folder)
+
+
+@pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_run_of_two_processes_goes_on_as_one_and_as_four(
+        sharded, fit, options, tmp_path, model_folder):
+    same = dict(steps=4, lr=3e-5, checkpoint_every=2, keep=3, reward=f"pocket={model_folder}")
+    two, one = tmp_path / "two", tmp_path / "one"
+    launch(options(two, batch_size=2, shard=sharded, **same), world=2).succeed()
+    shutil.copytree(two, one)
+    for out, world in ((one, 1), (two, 4)):
+        shutil.rmtree(out / "checkpoints/step-000004")
+        more = dict(batch_size=4 // world, shard=sharded and world > 1)
+        launch(options(out, **more, **same), world).succeed()
+    assert fit(tmp_path / "whole", batch_size=4, **same) == 0
+    for out in (one, two):
+        assert_same_training(tmp_path / "whole", out, model_folder)
+
+
+def test_a_run_with_another_number_of_pictures_a_step_is_refused(fit, tmp_path, capsys):
+    assert fit(tmp_path, steps=1, batch_size=4, grad_accum=1) == 0
+    assert fit(tmp_path, steps=1, batch_size=2, grad_accum=2) == 0
+    assert fit(tmp_path, steps=1, batch_size=2, grad_accum=1) == 2
+    assert "grad_accum 2 (now 1)" in capsys.readouterr().err
+    # the same pictures, but fewer of them rewarded
+    assert fit(tmp_path, steps=1, batch_size=4, grad_accum=1, reward_batch=2) == 2
+    assert "reward_batch" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("proxy", [False, True])
@@ -511,8 +505,8 @@ def test_a_proxy_whose_gradient_is_not_finite_stops_the_run(
         fit, tmp_path, model_folder, monkeypatch, capsys):
     flat = lambda expert, lrm, *more: (lrm.sum() * 0).abs().sqrt()  # 0, with no slope there
     monkeypatch.setattr(train.proxy, "preference_loss", flat)
-    assert fit(tmp_path, steps=2, **through(True, model_folder)) == 2
-    assert "'rm_grad_norm': nan" in capsys.readouterr().err
+    assert fit(tmp_path, steps=4, max_bad_steps=3, **through(True, model_folder)) == 2
+    assert "3 steps in a row" in capsys.readouterr().err
 
 
 def test_the_rate_warms_up_and_follows_a_cosine_down_to_5_percent():
@@ -745,8 +739,30 @@ def test_resume_overlooks_half_a_line_of_the_log(fit, tmp_path):
 
 
 def test_a_diverged_run_stops_with_a_message(fit, tmp_path, capsys):
-    assert fit(tmp_path, steps=4, lr=1e30) == 2
-    assert "not finite" in capsys.readouterr().err and not (tmp_path / "unet").exists()
+    assert fit(tmp_path, steps=4, lr=1e30, max_bad_steps=2) == 2
+    message = capsys.readouterr().err
+    assert "not finite in 2 steps in a row" in message and "lower --lr" in message
+    assert not (tmp_path / "unet").exists()
+
+
+def test_of_a_step_that_is_not_finite_nothing_reaches_weights_target_or_optimizer(
+        fit, tmp_path, monkeypatch, capsys):
+    loss_of, calls = train.distillation_loss, []
+
+    def second_is_nan(*args):
+        calls.append(1)
+        loss, stats = loss_of(*args)
+        return (loss * float("nan"), stats) if len(calls) == 2 else (loss, stats)
+
+    monkeypatch.setattr(train, "distillation_loss", second_is_nan)
+    assert fit(tmp_path, steps=3, checkpoint_every=1, keep=3, norms_every=0, batch_size=2) == 0
+    one, two, three = (tmp_path / f"checkpoints/step-00000{n}" for n in (1, 2, 3))
+    for file in (f"unet/{WEIGHTS}", f"unet_target/{WEIGHTS}", "optimizer.pt"):
+        assert (one / file).read_bytes() == (two / file).read_bytes() != (three / file).read_bytes()
+    skipped = lines_of(tmp_path)[1]
+    assert skipped["step"] == 2 and len(skipped["skipped"]) == 2
+    assert skipped["skipped"][0] in capsys.readouterr().out  # shard and member are named
+    assert [line.get("loss") is None for line in lines_of(tmp_path)] == [False, True, False]
 
 
 WRONG = {
