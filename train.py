@@ -29,7 +29,7 @@ import latent_rm as proxy
 from lcm_solver import DDIMSolver, consistency_function, huber
 from pipeline import Pipeline, grid, save_png
 from reward import Reward, load_reward
-from support import cli, processes, runs
+from support import cli, flops, processes, runs
 from support.checkpoints import load_optimizer
 from support.cli import POCKET, at_least, option, parse, positive, require, run
 from unet import ResnetBlock, Transformer, UNet
@@ -490,12 +490,13 @@ def finish(run, args, device, dtype):
         evaluate.compare(comparison, device, dtype)
 
 
-def train(run, networks, one_pass, optimizer, shards, shape, args, rank, world):
-    """The loop. shape: of a latent. -> was it stopped before its last step?"""
+def train(run, networks, one_pass, optimizer, shards, shape, args, rank, world, peak_step):
+    """The loop. shape: of a latent; peak_step: seconds that a step would take at the card's peak,
+    or None. -> was it stopped before its last step?"""
     rows, device = args.batch_size * args.grad_accum, networks.model.device
     timesteps = DDIMSolver(networks.model.schedule, args.ddim_steps).timesteps.tolist()
     prompts = [caption for _, caption in shards.first(8)]
-    log = runs.Log(args, run.start, world * rows, rank, world)
+    log = runs.Log(args, run.start, world * rows, rank, world, peak_step)
     stream = data.batches(
         shards, args.seed, run.start, args.steps, rows, rank, world, args.workers, log.broken)
     stopped = False
@@ -550,7 +551,10 @@ def distil(run, args, rank, world, device, dtype):
             processes.shard(network, (ResnetBlock, Transformer), device, world)
     optimizer = new_optimizer(networks, args, run.newest, device)
     solver = DDIMSolver(networks.model.schedule, args.ddim_steps)
-    one_pass = Pass(networks, solver, args)
+    one_pass, peak_step = Pass(networks, solver, args), None
+    if flops.peak(device):
+        peak_step = flops.of_step(
+            one_pass, shape, shards.encoded, args, device) / flops.peak(device)
     if not args.shard:  # else FSDP2 averages the gradients
         one_pass = processes.averaged(one_pass, world)
     if args.compile:
@@ -565,7 +569,8 @@ def distil(run, args, rank, world, device, dtype):
               + (f"; resumes at step {run.start}" if 0 < run.start < args.steps else ""))
         for note in shards.notes():
             print(note)
-    stopped = train(run, networks, one_pass, optimizer, shards, shape, args, rank, world)
+    stopped = train(run, networks, one_pass, optimizer, shards, shape, args, rank, world,
+                    peak_step)
     processes.end(world, device)
     if rank == 0 and not stopped:
         finish(run, args, device, dtype)

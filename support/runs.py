@@ -218,9 +218,9 @@ def same_options(folder, settings, may_change=(), defaults=None):
 class Log:
     """log.jsonl, one JSON object a line, the same in TensorBoard and Weights & Biases, and the
     progress bar. Every process calls it, the first one writes. rows: samples that a step takes,
-    those of all processes."""
+    those of all processes; peak_step: seconds that one would take at the card's peak, or None."""
 
-    def __init__(self, args, start, rows, rank, world=1):
+    def __init__(self, args, start, rows, rank, world=1, peak_step=None):
         out = Path(args.out)
         self.file, self.rows, self.writes, self.world = out / "log.jsonl", rows, rank == 0, world
         self.broken = Broken(rows, args.max_bad, last_line(self.file, start), world)
@@ -230,7 +230,7 @@ class Log:
             kept = [line + "\n" for line in lines if json.loads(line)["step"] <= start]
             write_whole(self.file, "".join(kept))
         self.progress = tqdm(total=args.steps, initial=start, disable=rank != 0, unit="step")
-        self.clock, self.step = time.perf_counter(), start
+        self.clock, self.step, self.peak_step = time.perf_counter(), start, peak_step
         self.sums, self.counts = {}, {}
         self.bad_steps, self.max_bad_steps = 0, args.max_bad_steps
         self.board = self.wandb = None
@@ -285,7 +285,10 @@ class Log:
         seconds = (time.perf_counter() - self.clock) / (line["step"] - self.step)
         self.clock, self.step = time.perf_counter(), line["step"]
         line = line | {"seconds_per_step": round(seconds, 4),
-                       "images_per_second": round(self.rows / seconds, 2)} | self.broken.gather()
+                       "images_per_second": round(self.rows / seconds, 2)}
+        if self.peak_step:
+            line["share_of_peak"] = round(self.peak_step / seconds, 4)
+        line |= self.broken.gather()
         if self.writes:
             self.write(line)
         for name, value in flat(line).items():
@@ -308,6 +311,8 @@ class Log:
     def show(self, line, names):
         shown = {name: f"{line[name]:.3f}" for name in names if name in line}
         shown |= {"lr": f"{line['lr']:.1e}", "img/s": f"{line['images_per_second']:.1f}"}
+        if "share_of_peak" in line:
+            shown["peak"] = f"{line['share_of_peak']:.0%}"
         if torch.cuda.is_available():
             shown["GB"] = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}"
         self.progress.set_postfix(shown)

@@ -289,7 +289,7 @@ forks.set_forkserver_preload(["train", "latent_rm", "conftest"])
 
 def run_forked(name, argv, environment, output):
     os.environ.update(environment)
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    file = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1), os.dup2(file, 2)
     sys.exit(call(sys.modules[name].main, *argv))
 
@@ -302,6 +302,7 @@ class launch:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.output = Path(tempfile.mkdtemp()) / "output"
+        self.output.touch()
         self.processes = []
         for rank in range(world):
             environment = {} if world == 1 else {

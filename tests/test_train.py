@@ -885,3 +885,32 @@ def test_a_compiled_run_follows_an_eager_one(fit, tmp_path, model_folder):
 @pytest.mark.cuda
 def test_bf16_and_compile_on_cuda_follow_float32(fit, tmp_path, monkeypatch, model_folder):
     compare_precisions(fit, tmp_path, monkeypatch, model_folder, device="cuda", compile=True)
+
+
+def test_the_flops_of_a_step_are_those_of_its_networks(scene, model_folder):
+    """Plain LCD: the VAE's encoder, twice the teacher, the target, and the student forward and
+    backward, which is three times forward; a reward adds to the rows that get it."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from support import flops
+
+    def count(call):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            call()
+        return counter.get_total_flops()
+
+    args = SimpleNamespace(batch_size=4, grad_accum=2, reward_batch=1, resolution=32)
+    model, student = scene["model"], scene["student"]
+    one_pass = lambda batch, with_reward: train.distillation_loss(
+        **scene | {"batch": batch} | ({} if with_reward else {"reward": None}))
+    one_pass.zero_grad = student.zero_grad
+    rewarded = flops.of_step(one_pass, (4, 8, 8), False, args, torch.device("cpu"))
+    args.reward_batch = 0
+    plain = flops.of_step(one_pass, (4, 8, 8), False, args, torch.device("cpu"))
+    z, t, w = torch.zeros(1, 4, 8, 8), torch.zeros(1, dtype=torch.long), torch.zeros(1, 256)
+    context = model.text_encoder([""])
+    unet = count(lambda: student(z, t, context, w))
+    vae = count(lambda: model.vae.posterior(torch.zeros(1, 3, 32, 32)))
+    text = count(lambda: model.text_encoder(["", ""]))
+    assert plain == pytest.approx(4 * 2 * (vae + text + 6 * unet), rel=0.03)
+    assert rewarded > plain

@@ -1,0 +1,34 @@
+"""What a step computes, as a share of what the card could."""
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+# dense bf16 matrix products, TFLOP/s, as the makers print them; an unknown card has no share
+PEAKS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10G": 70,
+         "RTX 4090": 165, "RTX 3090": 71}
+
+
+def peak(device):
+    """-> FLOP/s of the card, or None"""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((1e12 * tera for card, tera in PEAKS.items() if card in name), None)
+
+
+def of_step(one_pass, shape, encoded, args, device):
+    """FLOPs of this process's part of a step: those of one row, forward and backward, times the
+    rows, of which the first --reward-batch of a pass are rewarded. one_pass: train.Pass, before
+    anything is compiled; shape: of a latent; encoded: posteriors are trained on, no pictures."""
+    zeros = lambda *size: torch.zeros(size, device=device)
+    draws = [zeros(1, *shape), zeros(1, *shape), zeros(1), zeros(1)]
+    side = args.resolution
+    batch = zeros(1, 2, *shape) if encoded else zeros(1, 3, side, side), [""], draws
+    counts = []
+    for with_reward in (False, True):
+        with FlopCounterMode(display=False) as counter:
+            one_pass(batch, with_reward)[0].backward()
+        counts.append(counter.get_total_flops())
+        one_pass.zero_grad(set_to_none=True)
+    plain, rewarded = counts
+    rows = min(args.reward_batch, args.batch_size)
+    return args.grad_accum * (args.batch_size * plain + rows * (rewarded - plain))
