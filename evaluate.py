@@ -24,7 +24,6 @@ from support.weights import InputError, read_json, write_whole
 from unet import UNet
 
 RESULTS = POCKET / "results.json"  # what build.py recorded: real pictures, teacher and plain LCM
-JUDGE = POCKET / "judge"
 SIDE = 64  # pixels of the pocket's pictures, and of those recorded
 
 
@@ -42,6 +41,7 @@ class Config:
     real: bool = option(False, "also score the real pictures and their VAE round trip")
 
     reward: str = option("pocket", "what training maximised (reward.py)", group="by what")
+    judge: str = option(str(POCKET / "judge"), "folder of the CLIP that judges")
     data: str = option(
         str(POCKET / "data" / "heldout-*.tar"), "shards with the prompts and real pictures")
     limit: int = option(256, "number of prompts")
@@ -54,13 +54,35 @@ class Config:
     out: str = option("runs/evaluation", "folder for results.json and grid.png")
 
 
+def frechet_distance(a, b):
+    """Features [N,D] and [M,D] -> |mean difference|^2 + tr(A + B - 2 (AB)^(1/2)) of the Gaussians
+    with their means and covariances A and B (arXiv 1706.08500, eq. 6). Too large for few
+    features, the more so the fewer they are: compare equal numbers."""
+    a, b = a.double(), b.double()
+    A, B = a.T.cov(), b.T.cov()
+    # the eigenvalues of AB are those of the symmetric A^(1/2) B A^(1/2)
+    values, vectors = torch.linalg.eigh(A)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ B @ root).clamp(min=0).sqrt().sum()
+    distance = (a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * cross
+    return distance.clamp(min=0).item()  # rounding may go below
+
+
 class Scorer:
     """Scores pictures for one fixed list of N prompts by the reward and by the judge."""
 
-    def __init__(self, prompts, reward, device):
+    def __init__(self, prompts, real, reward, judge, device):
+        """real: the real pictures [N,3,H,W] in [0,1], which the judge's Frechet distance is to."""
         self.prompts, self.device = prompts, device
         self.reward = load_reward(reward, device)
-        self.judge = load_reward(f"pocket={JUDGE}", device)
+        self.judge = load_reward(f"pocket={judge}", device)
+        self.real = self.features(real)
+
+    @torch.no_grad()
+    def features(self, images):
+        """[n,3,H,W] in [0,1] -> the judge's unit features [n,D]"""
+        return torch.cat([self.judge.image_features(part.to(self.device))
+                          for part in images.split(64)])
 
     @torch.no_grad()
     def __call__(self, name, images, calls=None, seconds=None):
@@ -72,8 +94,7 @@ class Scorer:
         parts = [images[i:i + 64].to(self.device) for i in batches]
         rewards = [self.reward(part, prompts[i:i + 64]) for i, part in zip(batches, parts)]
         text = self.judge.text_features(self.prompts)  # [N, D]
-        image = torch.cat([self.judge.image_features(part) for part in parts])
-        image = image.unflatten(0, (n, -1))  # [n*N, D] -> [n, N, D]
+        image = self.features(images).unflatten(0, (n, -1))  # [n*N, D] -> [n, N, D]
         by_prompt = {
             "reward": torch.cat(rewards).unflatten(0, (n, -1)).mean(dim=0),  # [N]
             "judge": (image * text).sum(dim=2).mean(dim=0),
@@ -86,6 +107,8 @@ class Scorer:
         nearest = (image @ text.T).argmax(dim=2)  # [n, N]
         own = torch.arange(len(text), device=text.device)
         row["top1"] = (nearest == own).float().mean().item()
+        # of N pictures each, so that rows of different n can be compared
+        row["frechet"] = sum(frechet_distance(one, self.real) for one in image) / n
         return row | {"scores": by_prompt["judge"].cpu().tolist()}
 
 
@@ -106,13 +129,14 @@ def table(rows, reward):
     """Rows of Scorer -> a Markdown table; mean ± standard error. A recorded row has no score by
     another reward than the pocket's."""
     heading = "reward" if reward == "pocket" else f"reward {reward}"
-    lines = [f"| | network calls | s / image | {heading} | judge | top-1 |",
-             "| --- | --- | --- | --- | --- | --- |"]
+    lines = [f"| | network calls | s / image | {heading} | judge | top-1 | Frechet |",
+             "| --- | --- | --- | --- | --- | --- | --- |"]
     for row in rows:
         seconds = "" if row["seconds_per_image"] is None else f"{row['seconds_per_image']:.3f}"
         score = "" if row["reward"] is None else f"{row['reward']:.3f} ± {row['reward_se']:.3f}"
         lines.append(f"| {row['name']} | {row['calls'] or ''} | {seconds} | {score} "
-                     f"| {row['judge']:.3f} ± {row['judge_se']:.3f} | {row['top1']:.1%} |")
+                     f"| {row['judge']:.3f} ± {row['judge_se']:.3f} | {row['top1']:.1%} "
+                     f"| {format(row['frechet'], '.3f') if 'frechet' in row else ''} |")
     return "\n".join(lines)
 
 
@@ -129,11 +153,11 @@ def recorded(args, prompts, side):
         return {}
     same = lambda *names: all(getattr(args, name) == getattr(Config, name) for name in names)
     record, found = read_json(RESULTS), {}
-    if same("model", "data", "guidance", "teacher_steps"):
+    if same("model", "data", "judge", "guidance", "teacher_steps"):
         for row in record.get("shipped", []):
             if row["name"].startswith("teacher, "):
                 found["teacher"] = row | {"name": f"{row['name']} (recorded)"}
-    if same("model", "data", "guidance", "steps", "n") and "plain" in record:
+    if same("model", "data", "judge", "guidance", "steps", "n") and "plain" in record:
         name = ("plain LCM, 2-step (recorded; "
                 "`python train.py --reward none --out runs/plain` remakes it)")
         found["plain"] = record["plain"] | {"name": name}
@@ -176,7 +200,8 @@ def compare(args, device, dtype):
     lcm_timesteps(model.schedule, args.steps, student.config.lcm_grid or 50)
     real, prompts, shown = read_prompts(args, student.config.sample_size * model.vae.factor)
     size = real.shape[-2:]  # the student's, at which the teacher draws too
-    score, record = Scorer(prompts, args.reward, device), recorded(args, prompts, size[0])
+    score = Scorer(prompts, real, args.reward, args.judge, device)
+    record = recorded(args, prompts, size[0])
     rows, pictures = [], {"real": real[shown]}
 
     if args.real:
@@ -215,7 +240,8 @@ def report(args, rows, pictures, captions, out):
     for other in rows[:-1]:
         mean, se = difference(rows[-1], other)
         print(f"judge, student minus {other['name'].split(' (')[0]}: {mean:+.4f} ± {se:.4f}")
-    if any(path and Path(path).resolve() == JUDGE for _, _, path, _ in parse_spec(args.reward)):
+    judge = Path(args.judge).resolve()
+    if any(path and Path(path).resolve() == judge for _, _, path, _ in parse_spec(args.reward)):
         print("the judge is part of the reward that was maximised: its scores say nothing")
     titles = [caption.split(",")[0] for caption in captions]
     sheet = labelled_grid(torch.cat(list(pictures.values())), list(pictures), titles, scale=2)

@@ -1,23 +1,26 @@
 """Remake the pocket: a small, real text-to-image stack in the Stable Diffusion folder layout, from
-two npm packages.
+seven npm packages.
 
-    npm pack @lobehub/fluent-emoji-3d@1.1.0 emojibase-data@17.0.0
+    npm pack emojibase-data@17.0.0 @lobehub/fluent-emoji-3d@1.1.0
+    npm pack @iconify-json/fluent-emoji@1.2.7 @iconify-json/fluent-emoji-flat@1.2.6
+    npm pack @iconify-json/noto@1.2.9 @iconify-json/noto-v1@1.2.5 @iconify-json/twemoji@1.2.5
+    pip install resvg-py
     python pocket/build.py --packages . --stages all
 
 Stages, in this order. Each is resumable (the same command goes on where it stopped), and each
 prints what it reached:
 
-    data       3,373 captioned 64x64 pictures -> data/train-000.tar, data/heldout-000.tar
-               (webdataset)
+    data       11,169 captioned 64x64 pictures by six artists (emoji.py) -> data/train-000.tar and
+               three tars of held-out ones: heldout, validation, unseen (webdataset)
     tokenizer  the CLIP BPE cut to 4,096 entries
     vae        64x64x3 <-> 16x16x4
-    judge      CLIP with a ResNet image tower; scores the results, takes part in no training
+    judge      CLIP with a ConvNeXt image tower; scores the results, takes part in no training
     reward     CLIP with a ViT image tower; the reward model
     teacher    text encoder (first trained against latents) + UNet
-    student    plain LCM as long as the default run, the shipped 2-step student (train.py, on a
-               coarser grid), and results.json
+    student    plain LCM as long as the default run, the shipped 2-step student (train.py), and
+               results.json
 
-Nothing in any stage sees the held-out pictures or their captions before they are scored.
+Nothing but the judge's training sees the held-out pictures or captions before they are scored.
 """
 import argparse
 import collections
@@ -49,11 +52,11 @@ from lcm_solver import NoiseSchedule
 from reward import PocketReward
 from support import single_file
 from support.cli import autocast, fast_attention, pick_precision, require, run
+from support.weights import write_whole
 from text_encoder import TextEncoder
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
-HELD_OUT = 256  # of 3,373: as many as the retrieval among 256 prompts needs
 VOCABULARY = 4096
 STEPS = {"vae": 10000, "judge": 2400, "reward": 2400, "text": 1000, "teacher": 16000,
          "plain": 300, "student": 240}  # times --scale
@@ -72,10 +75,11 @@ def stage_data(args):
           "concept of unseen in another style, or a held-out pair with a skin tone")
 
 
-def read_split(args, name):
-    """-> uint8 images [N,3,64,64] and N captions of data/{name}-000.tar, in file order."""
+def read_split(pocket, name):
+    """-> uint8 images [N,3,64,64] and N captions of data/{name}-000.tar in a pocket, in file
+    order."""
     images, captions = [], []
-    with tarfile.open(args.out / f"data/{name}-000.tar") as tar:
+    with tarfile.open(pocket / f"data/{name}-000.tar") as tar:
         for member in tar:
             data = tar.extractfile(member).read()
             if member.name.endswith(".webp"):
@@ -88,7 +92,7 @@ def read_split(args, name):
 def stage_tokenizer(args):
     single_file.write_tokenizer(args.out / "tokenizer", "sd1", VOCABULARY, 32)
     tokenizer = CLIPTokenizer.from_pretrained(args.out / "tokenizer")
-    lengths = [len(ids) for ids in tokenizer(read_split(args, "train")[1]).input_ids]
+    lengths = [len(ids) for ids in tokenizer(read_split(args.out, "train")[1]).input_ids]
     print(f"tokenizer: {len(tokenizer)} entries; "
           f"captions take {np.mean(lengths):.1f} tokens on average, "
           f"{sum(n > 32 for n in lengths)} of {len(lengths)} more than 32")
@@ -205,11 +209,13 @@ def vary(captions, rng):
     an article or without the style."""
     out = []
     for caption in captions:
-        label, *tags, style = caption.split(", ")
+        label, *more = caption.split(", ")
+        tags, style = more[:-1], more[-1:]
         tags = rng.sample(tags, rng.randint(0, len(tags)))
         article = "a " if rng.random() < 0.2 else ""
-        end = [style] if rng.random() < 0.85 else []
-        out.append(article + ", ".join([label, *tags, *end]))
+        if rng.random() < 0.15:
+            style = []
+        out.append(article + ", ".join([label, *tags, *style]))
     return out
 
 
@@ -235,7 +241,7 @@ def stage_vae(args):
     # the decoder gets it back by one bright speck a picture.
     vae = VAE(VAEConfig(block_out_channels=(16, 32, 96), norm_num_groups=4, sample_size=SIZE))
     vae.to(args.device, memory_format=torch.channels_last)
-    images = read_split(args, "train")[0]
+    images = read_split(args.out, "train")[0]
 
     def loss_on(pictures, noise):
         with autocast(args.device, args.precision):
@@ -259,7 +265,7 @@ def stage_vae(args):
     fit("vae", args, {"vae": (vae, 1.0)}, loss_of_step, 2e-3, ema=0.999)
     vae.eval()
     whiten(vae, images, args)
-    held_out, captions = read_split(args, "heldout")
+    held_out, captions = read_split(args.out, "heldout")
     held_out = held_out.to(args.device).float() / 127.5 - 1
     with torch.no_grad():
         mean, std = vae.posterior(held_out)
@@ -319,7 +325,7 @@ def stage_clip(name, args):
     model = PocketReward(CLIPS[name], tokenizer).to(args.device)
     # The judge takes part in no loss: it may know what the pictures it judges should look like.
     splits = ["train", *emoji.SPLITS] if name == "judge" else ["train"]
-    images, captions = zip(*(read_split(args, split) for split in splits))
+    images, captions = zip(*(read_split(args.out, split) for split in splits))
     images, captions = torch.cat(images), sum(captions, [])
 
     def loss_on(pictures, ids):
@@ -338,7 +344,7 @@ def stage_clip(name, args):
     model.eval()
     model.save_pretrained(args.out / name, dtype=torch.float16)
     for split in ("heldout", "unseen"):
-        images, captions = read_split(args, split)
+        images, captions = read_split(args.out, split)
         with torch.no_grad():
             image = model.image_features(images.to(args.device).float() / 255)
             text = model.text_features(captions)
@@ -420,7 +426,7 @@ def stage_teacher(args):
     unet, schedule = UNet(UNetConfig(**UNET)).to(args.device), NoiseSchedule(device=args.device)
     print(f"teacher: UNet {sum(p.numel() for p in unet.parameters()) / 1e6:.1f} M, "
           f"text encoder {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
-    images, captions = read_split(args, "train")
+    images, captions = read_split(args.out, "train")
     latents = encode_split(images, args)
     fit_text_encoder(text_encoder, latents, captions, args)
     likely = rarity(captions)
@@ -476,28 +482,34 @@ def distil(name, args, *options):
     """-> the folder of the 2-step student."""
     out = args.work / name
     steps = max(1, round(STEPS[name] * args.scale))
-    python("train.py", "--out", out, "--steps", steps, "--no-evaluate", *options)
+    python("train.py", "--teacher", args.out, "--data", args.out / "data/train-*.tar", "--out", out,
+           "--steps", steps, "--no-evaluate", *options)
     return out / "unet_target"
 
 
-def compare(unet, out, *options):
+def compare(unet, out, args, *options):
     """-> the rows of evaluate.py's table."""
-    python("evaluate.py", "--unet", unet, "--out", out, *options)
+    python("evaluate.py", "--unet", unet, "--out", out, "--model", args.out, "--reward",
+           reward_of(args), "--judge", args.out / "judge", "--data",
+           args.out / "data/heldout-*.tar", *options)
     return json.loads((out / "results.json").read_text())
+
+
+def reward_of(args):
+    return "pocket" if args.out == POCKET else f"pocket={args.out}"
 
 
 def stage_student(args):
     plain = distil("plain", args, "--reward", "none")  # as long as the default run
-    results = {"plain": compare(plain, args.work / "plain", "--teacher-steps", 0)[-1]}
-    (POCKET / "results.json").write_text(json.dumps(results, indent=1))
-    # Measured better than the default's grid of ten (docs/pocket.md); perhaps because targets are
-    # handed down through fewer averaged networks
-    student = distil("student", args, "--ddim-steps", 4, "--solver-substeps", 2)
-    UNet.from_pretrained(student).save_pretrained(POCKET / "student", dtype=torch.float16)
-    results["shipped"] = compare(POCKET / "student", args.work / "shipped",
+    results = {"plain": compare(plain, args.work / "plain", args, "--teacher-steps", 0)[-1]}
+    write_whole(args.out / "results.json", json.dumps(results, indent=1))
+    student = distil("student", args, "--reward", reward_of(args), "--ddim-steps", 4,
+                     "--solver-substeps", 2)
+    UNet.from_pretrained(student).save_pretrained(args.out / "student", dtype=torch.float16)
+    results["shipped"] = compare(args.out / "student", args.work / "shipped", args,
                                  "--real", "--teacher-n", 4, "--show", README_SHOWS)
-    shutil.copy(args.work / "shipped/grid.png", POCKET / "grid.png")
-    (POCKET / "results.json").write_text(json.dumps(results, indent=1))
+    shutil.copy(args.work / "shipped/grid.png", args.out / "grid.png")
+    write_whole(args.out / "results.json", json.dumps(results, indent=1))
 
 
 STAGES = {
@@ -516,7 +528,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", default="all", help="comma-separated, or all")
     parser.add_argument("--packages", type=Path, default=Path("."),
-                        help="folder with the two .tgz of npm pack")
+                        help="folder with the .tgz of npm pack")
     parser.add_argument("--out", type=Path, default=POCKET, help="folder that becomes the pocket")
     parser.add_argument("--work", type=Path, default=POCKET / "state",
                         help="folder for the state of unfinished stages")
@@ -525,6 +537,7 @@ def main():
     parser.add_argument("--scale", type=float, default=1.0,
                         help="multiplies every stage's number of steps (0.01: a rehearsal)")
     args = parser.parse_args()
+    args.out, args.work = args.out.resolve(), args.work.resolve()
     args.precision = pick_precision("auto", args.device)
     args.work.mkdir(parents=True, exist_ok=True)
     chosen = list(STAGES) if args.stages == "all" else args.stages.split(",")

@@ -46,7 +46,7 @@ HELDOUT = str(POCKET / "data/heldout-*.tar")
 sys.path.insert(0, str(POCKET.parent))
 from build import python, read_split, vary, warp
 from data import Shards, add_pair
-from evaluate import draw_all
+from evaluate import draw_all, frechet_distance
 from pipeline import Pipeline, grid, save_png, to_pil
 from reward import load_reward
 from support.cli import (
@@ -98,19 +98,6 @@ MAY_CHANGE = {"scales", "seeds", "judge", "guidance", "limit", "n", "device", "o
 
 
 # ---------------------------------------------------------------- measures
-
-def frechet_distance(a, b):
-    """Features [N,D] and [M,D] -> |mean difference|^2 + tr(A + B - 2 (AB)^(1/2)) of the Gaussians
-    with their means and covariances A and B (arXiv 1706.08500)."""
-    a, b = a.double(), b.double()
-    A, B = a.T.cov(), b.T.cov()
-    # the eigenvalues of AB are those of the symmetric A^(1/2) B A^(1/2)
-    values, vectors = torch.linalg.eigh(A)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ B @ root).clamp(min=0).sqrt().sum()
-    distance = (a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * cross
-    return distance.clamp(min=0).item()  # rounding may go below
-
 
 def high_frequency(images):
     """Images [N,3,H,W] -> mean energy per pixel above half the Nyquist frequency (in either
@@ -201,7 +188,7 @@ def warped_latents(folder, copies, *options):
     """Write `copies` warped versions of the training pictures into `folder`, each with a varied
     caption, and encode them with those options of data.py -> folder of the latents."""
     if not (folder / "encoded/warped.tar").is_file():
-        images, captions = read_split("train")
+        images, captions = read_split(POCKET, "train")
         generator, rng = torch.Generator().manual_seed(0), random.Random(0)
         with tarfile.open(make_folder(folder) / "warped.tar", "w") as tar:
             for copy in range(copies):

@@ -8,7 +8,7 @@ from PIL import Image
 import evaluate
 from conftest import ROOT, call, rand
 from data import Shards
-from evaluate import Scorer, difference
+from evaluate import Scorer, difference, frechet_distance
 from unet import UNet
 
 
@@ -20,14 +20,20 @@ def test_pocket_holds_out_256_pictures_whose_captions_are_not_in_training():
     assert not captions(train) & captions(held_out)
 
 
+def scorer(images, prompts):
+    real = torch.stack(images) / 2 + 0.5
+    return Scorer(list(prompts), real, "pocket", evaluate.Config.judge, torch.device("cpu"))
+
+
 def test_judge_and_reward_prefer_the_right_picture_and_share_no_weights():
     shards = Shards(ROOT / "pocket/data/heldout-000.tar", 64)
     images, prompts = zip(*(shards[i] for i in range(32)))
-    score = Scorer(list(prompts), "pocket", torch.device("cpu"))
+    score = scorer(images, prompts)
     right, wrong = (score("", torch.stack(x) / 2 + 0.5) for x in (images, images[::-1]))
     for key in ("reward", "judge"):
         assert right[key] > wrong[key] + 0.2
     assert right["top1"] > 0.6 and wrong["top1"] < 0.2
+    assert right["frechet"] == pytest.approx(0, abs=1e-5)  # the same pictures in another order
     weights = [
         {p.sum().item() for p in model.parameters() if p.ndim > 1}
         for model in (score.reward, score.judge)]
@@ -37,14 +43,40 @@ def test_judge_and_reward_prefer_the_right_picture_and_share_no_weights():
 def test_several_pictures_of_a_prompt_are_averaged():
     shards = Shards(ROOT / "pocket/data/heldout-000.tar", 64)
     images, prompts = zip(*(shards[i] for i in range(8)))
-    score = Scorer(list(prompts), "pocket", torch.device("cpu"))
+    score = scorer(images, prompts)
     images = torch.stack(images) / 2 + 0.5
     right, wrong = score("", images), score("", images.flip(0))
     both = score("", torch.cat([images, images.flip(0)]))
-    for key in ("reward", "judge", "top1"):
+    for key in ("reward", "judge", "top1", "frechet"):
         assert both[key] == pytest.approx((right[key] + wrong[key]) / 2, abs=1e-5)
     means = [(a + b) / 2 for a, b in zip(right["scores"], wrong["scores"])]
     assert both["scores"] == pytest.approx(means, abs=1e-5)
+
+
+def test_frechet_distance_of_gaussians_is_the_closed_form():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(50, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+
+    def white(x):  # mean 0, covariance 1
+        return (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T
+
+    shift, first, second = torch.arange(6.0), torch.linspace(1, 2, 6), torch.linspace(3, 0.5, 6)
+    expected = (shift.square() + (first - second).square()).sum().item()
+    x, y = white(a) * first, white(b) * second + shift
+    assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-6)
+    turn = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64))[0]
+    assert frechet_distance(x @ turn, y @ turn) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+
+
+def test_frechet_distance_holds_where_the_covariances_do_not_commute():
+    a = rand(40, 8, seed=1).double()
+    b = rand(60, 8, seed=2).double() @ rand(8, 8, seed=3).double() + 1
+    A, B = a.T.cov(), b.T.cov()
+    # of the product itself, which is not symmetric
+    root = torch.linalg.eigvals(A @ B).real.sqrt().sum()
+    expected = (a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * root
+    assert frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-8)
 
 
 def test_difference_is_the_mean_and_standard_error_of_pairs():

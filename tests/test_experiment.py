@@ -13,32 +13,6 @@ sys.path.insert(0, str(ROOT / "pocket"))
 import experiment
 
 
-def test_frechet_distance_of_gaussians_is_the_closed_form():
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(50, 6, generator=generator, dtype=torch.float64) for _ in range(2))
-
-    def white(x):  # mean 0, covariance 1
-        return (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T
-
-    shift, first, second = torch.arange(6.0), torch.linspace(1, 2, 6), torch.linspace(3, 0.5, 6)
-    expected = (shift.square() + (first - second).square()).sum().item()
-    x, y = white(a) * first, white(b) * second + shift
-    assert experiment.frechet_distance(x, y) == pytest.approx(expected, rel=1e-6)
-    turn = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64))[0]
-    assert experiment.frechet_distance(x @ turn, y @ turn) == pytest.approx(expected, rel=1e-6)
-    assert experiment.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
-
-
-def test_frechet_distance_holds_where_the_covariances_do_not_commute():
-    a = rand(40, 8, seed=1).double()
-    b = rand(60, 8, seed=2).double() @ rand(8, 8, seed=3).double() + 1
-    A, B = a.T.cov(), b.T.cov()
-    # of the product itself, which is not symmetric
-    root = torch.linalg.eigvals(A @ B).real.sqrt().sum()
-    expected = (a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * root
-    assert experiment.frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-8)
-
-
 def test_high_frequency_is_the_energy_above_half_the_nyquist_frequency():
     def wave(cycles):
         return torch.cos(2 * torch.pi * cycles * torch.arange(64.0) / 64).expand(1, 3, 64, 64)
