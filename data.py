@@ -236,6 +236,12 @@ class Shards(torch.utils.data.Dataset):
         return found
 
 
+def shards_of(args, path, name="--data"):
+    """The shards at `path`, read as the options of a training say."""
+    return Shards(path, args.resolution, name, args.caption_lines, args.skip_bad_shards,
+                  args.cache, args.cache_gb)
+
+
 def load_picture(data, resolution):
     """Bytes of a picture -> [3,R,R] in [-1,1], as people see it (support/pictures.py): shortest
     side resized, centre crop."""
@@ -394,17 +400,18 @@ def batches(shards, seed, first, last, rows, rank=0, world=1, workers=0, broken=
     loader = torch.utils.data.DataLoader(
         Stream(shards, seed), num_workers=workers, pin_memory=torch.cuda.is_available(),
         batch_sampler=StepSampler(len(shards), seed, first, last, rows, rank, world, shards),
-        collate_fn=collate, worker_init_fn=leave_ctrl_c if workers else None)
+        collate_fn=collate, worker_init_fn=leave_signals if workers else None)
     for tensors, captions, found in loader:
         if broken is not None:
             broken.add(found)
         yield tensors, captions
 
 
-def leave_ctrl_c(_):
-    """A terminal sends Ctrl-C to data loading processes too, which are needed until their run has
-    finished its step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def leave_signals(_):
+    """Ctrl-C and torchrun's SIGTERM reach data loading processes too, which are needed until their
+    run has finished its step. The run stops them, and they notice its death."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def names_of_step(shards, seed, step, rows, rank=0, world=1):

@@ -336,7 +336,7 @@ def check(args):
                 f"give shards of its kind, for the retrieval accuracy")
         args.heldout = str(POCKET / "data" / "heldout-*.tar")
     at_least(1, args, "batch_size", "steps", "resolution", "warmup", "checkpoint_every",
-             "log_every", "heldout_every", "keep")
+             "log_every", "heldout_every", "keep", "max_bad_steps")
     at_least(0, args, "workers", "weight_decay")
     require(0 <= args.max_bad <= 1, f"--max-bad {args.max_bad}: expected 0 to 1")
     positive(args, "lr", "max_grad_norm")
@@ -391,10 +391,8 @@ def posterior(tensors, vae, device):
 def read_pairs(args, device, dtype):
     """-> the shards to train on, the VAE if any hold pictures, the unscaled latents [N,C,s,s] of up
     to 256 held-out samples, and their N captions."""
-    shards = data.Shards(args.data, args.resolution, caption_lines=args.caption_lines,
-                         skip_bad=args.skip_bad_shards, cache=args.cache,
-                         cache_gb=args.cache_gb)
-    heldout = data.Shards(args.heldout, args.resolution, "--heldout")
+    shards = data.shards_of(args, args.data)
+    heldout = data.shards_of(args, args.heldout, "--heldout")
     vae = None
     if not (shards.encoded and heldout.encoded):
         runs.check_preset(args, "model")

@@ -298,9 +298,11 @@ class Networks:
         found = {"unet": self.student, "unet_target": self.target}
         return found if self.latent_rm is None else found | {"latent_rm": self.latent_rm}
 
-    def compile(self):
+    def compile(self, sharded):
         vae = self.model.vae
-        for network in (self.student, self.target, self.teacher, vae.encoder, vae.decoder):
+        # FSDP2's hooks would cut the graphs of what is shared out to pieces
+        trained = () if sharded else (self.student, self.target)
+        for network in (*trained, self.teacher, vae.encoder, vae.decoder):
             network.compile()
         for rewarder in (self.reward, self.latent_rm):
             if rewarder is not None:
@@ -382,9 +384,11 @@ def optimizer_step(networks, one_pass, optimizer, step, tensors, captions, draws
     totals = add_gradients(one_pass, tensors, captions, draws, args)
     if args.shard:
         processes.average([p.grad for p in rm_weights], world)
+        networks.target.reshard()  # before torch 2.8 a part stays whole after a forward pass
     if lcd is not None:
         totals["grad_norm/lcd"] = norm_of(lcd)
-        totals["grad_norm/reward"] = norm_of([p.grad - g for p, g in zip(weights, lcd)])
+        torch._foreach_sub_(lcd, [p.grad for p in weights])
+        totals["grad_norm/reward"] = norm_of(lcd)
 
     # Norms are 1.6 to 12 on the pocket, so this always shortens: every step enters AdamW's moments
     # with the same length, and one long gradient does not drown the others.
@@ -401,7 +405,7 @@ def optimizer_step(networks, one_pass, optimizer, step, tensors, captions, draws
         group["lr"] = lr * runs.rate_factor(step, args)
     optimizer.step()
     # target <- mu * target + (1 - mu) * student
-    target, student = (processes.local([p.detach() for p in network.parameters()])
+    target, student = (processes.parts_here([p.detach() for p in network.parameters()])
                        for network in (networks.target, networks.student))
     torch._foreach_lerp_(target, student, 1 - args.ema)
     return totals
@@ -411,7 +415,7 @@ def check(args):
     runs.check_preset(args, "teacher", "data")
     at_least(1, args, "batch_size", "grad_accum", "steps", "warmup", "reward_batch", "rm_batch",
              "solver_substeps", "resolution", "checkpoint_every", "log_every", "sample_every",
-             "keep")
+             "keep", "max_bad_steps")
     at_least(0, args, "workers", "norms_every", "rm_image_layers", "rm_text_layers")
     require(args.ddim_steps >= 2,
             f"--ddim-steps {args.ddim_steps}: expected 2 or more, the student's steps")
@@ -520,7 +524,7 @@ def train(run, networks, one_pass, optimizer, shards, shape, args, rank, world, 
             if (done % args.log_every == 0 or saves or last) and log.counts:
                 line = {"step": done} | means_by_name(log.means(world), timesteps)
                 line["lr"] = optimizer.param_groups[0]["lr"]
-                log(line, ("lcd", "reward", "grad_norm"))
+                log(line, ("lcd", "reward", "rm_loss", "grad_norm"))
             if done % args.sample_every == 0 or last:
                 with log.pause():
                     save_samples(networks, prompts, done, args, rank)
@@ -537,9 +541,7 @@ def train(run, networks, one_pass, optimizer, shards, shape, args, rank, world, 
 
 def distil(run, args, rank, world, device, dtype):
     """Everything of a run, once its folder is there."""
-    shards = data.Shards(args.data, args.resolution, caption_lines=args.caption_lines,
-                         skip_bad=args.skip_bad_shards, cache=args.cache,
-                         cache_gb=args.cache_gb)
+    shards = data.shards_of(args, args.data)
     runs.record_data(args, shards, run.start, rank)
     networks = Networks.load(args, run.newest, device, dtype)
     side = networks.student.config.sample_size
@@ -556,9 +558,9 @@ def distil(run, args, rank, world, device, dtype):
         peak_step = flops.of_step(
             one_pass, shape, shards.encoded, args, device) / flops.peak(device)
     if not args.shard:  # else FSDP2 averages the gradients
-        one_pass = processes.averaged(one_pass, world)
+        one_pass = processes.averaged(one_pass, world, args.grad_checkpoint)
     if args.compile:
-        networks.compile()
+        networks.compile(args.shard)
 
     if rank == 0:
         cli.make_folder(Path(args.out) / "samples")

@@ -31,16 +31,15 @@ def in_turn(what):
     written there appears whole, so no harm is done but that of doing it twice."""
     user = os.getuid() if hasattr(os, "getuid") else 0
     file = Path(tempfile.gettempdir()) / f"rg-lcd-{user}-{short_hash(str(what))}.lock"
-    handle = None
+    held = None
     try:
         if fcntl is not None:
             with contextlib.suppress(OSError):
-                handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
-                fcntl.flock(handle, fcntl.LOCK_EX)
+                held = os.fdopen(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
+                # else a process forked in the meantime holds the lock on after a kill
+                os.register_at_fork(after_in_child=held.close)
+                fcntl.flock(held, fcntl.LOCK_EX)
         yield
     finally:
-        if handle is not None:
-            # said aloud: a process forked in the meantime holds the file open too
-            with contextlib.suppress(OSError):
-                fcntl.flock(handle, fcntl.LOCK_UN)
-            os.close(handle)
+        if held is not None:
+            held.close()

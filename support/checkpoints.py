@@ -4,9 +4,9 @@ The state is taken between two steps and written while training goes on. Each pr
 the files. checksums.json tells a damaged checkpoint when one is to be read.
 """
 import copy
-import fcntl
 import hashlib
 import json
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
@@ -25,6 +25,11 @@ from support.weights import (
     whole_folder,
     write_whole,
 )
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 OPTIMIZER, SUMS = "optimizer.pt", "checksums.json"
 
@@ -45,7 +50,8 @@ def checkpoints(out):
 def newest_sound(out):
     """The newest checkpoint whose files are as they were written, or None. Newer ones are set
     aside under another name, and named."""
-    for folder in reversed(checkpoints(out)):
+    found = checkpoints(out)
+    for folder in reversed(found):
         wrong = damaged(folder)
         if wrong is None:
             return folder
@@ -53,6 +59,8 @@ def newest_sound(out):
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
         print(f"{folder}: {wrong}; set aside as {aside.name}")
+    require(not found, f"--out {out}: all checkpoints there are damaged; is the disk? To begin "
+                       f"again, remove the folder or give another --out")
     return None
 
 
@@ -84,8 +92,10 @@ def load_optimizer(optimizer, newest, device):
     its parameters are; None: leave it new."""
     if newest is None:
         return
-    state = load_optimizer_state(newest / OPTIMIZER, optimizer, device)
     weights = [p for group in optimizer.param_groups for p in group["params"]]
+    if any(isinstance(p, DTensor) for p in weights):
+        device = "cpu"  # the whole would not fit
+    state = load_optimizer_state(newest / OPTIMIZER, optimizer, device)
     for number, moments in state["state"].items():
         p = weights[number]
         for name, value in moments.items():
@@ -100,13 +110,16 @@ def lock(out):
     """-> an open file that keeps other runs out of the folder as long as it is open, even if this
     process is killed."""
     file = open(out / ".lock", "w")  # noqa: SIM115 (stays open)
+    if fcntl is None:
+        return file
+    os.register_at_fork(after_in_child=file.close)  # else a data loading process holds it too
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(f"--out {out}: another run is at work there; wait for it, stop it, "
                          f"or give another --out") from None
-    except OSError:  # a file system without locks
-        return file
+    except OSError:
+        pass  # a file system without locks
     return file
 
 
@@ -161,8 +174,8 @@ class Checkpoints:
     a folder: network}, of which outlines are kept, so they are given before they are compiled or
     shared out. Used as `with ... as run:`, at whose end the folder is free for other runs."""
 
-    def __init__(self, out, keep, rank=0, world=1, lock=None):
-        self.out, self.keep, self.rank, self.world, self.lock = out, keep, rank, world, lock
+    def __init__(self, out, keep, rank=0, world=1, held=None):
+        self.out, self.keep, self.rank, self.world, self.held = out, keep, rank, world, held
         self.newest, self.start = None, 0
         self.networks, self.outlines = {}, {}
         self.thread, self.future, self.step = ThreadPoolExecutor(1), None, None
@@ -171,9 +184,11 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_):
+        if self.world == 1:  # on an error not all of several processes may come here
+            self.finish()
         self.thread.shutdown()
-        if self.lock is not None:
-            self.lock.close()
+        if self.held is not None:
+            self.held.close()
 
     def go_on_from(self, newest):
         """newest: the checkpoint that the first process has found, or None."""
@@ -181,10 +196,10 @@ class Checkpoints:
         if name is not None:
             self.newest = self.out / "checkpoints" / name
             self.start = step_of(self.newest)
-        seen = gather(name is None or self.newest.is_dir(), self.world)
+        seen = gather((self.newest or self.out / "checkpoints").is_dir(), self.world)
         require(all(seen),
-                f"--out {self.out}: not all processes see the checkpoint {name} there; all "
-                f"machines need the same folder")
+                f"--out {self.out}: not all processes see {name or 'the folder checkpoints'} "
+                f"there; all machines need the same folder")
 
     def know(self, networks):
         self.networks = networks
@@ -218,6 +233,7 @@ class Checkpoints:
                 else:
                     self.outlines[name].load_state_dict(state, assign=True)
                     self.outlines[name].save_pretrained(folder / name)
+                    self.outlines[name].to("meta")  # frees the copy
                 files = [folder / name, *(folder / name).rglob("*")]
                 sums |= {str(file.relative_to(folder)): digest(file)
                          for file in files if file.is_file()}
@@ -259,12 +275,14 @@ class Checkpoints:
                 shutil.rmtree(self.folder(), ignore_errors=True)
                 new.rename(self.folder())
                 self.newest = self.folder()
-                for old in checkpoints(self.out)[:-self.keep]:
-                    # renamed first: never a half-deleted folder under a checkpoint's name
-                    shutil.rmtree(old.rename(old.with_name("." + old.name)))
             except OSError as error:
                 wrong = [first_line(error)]
-        if wrong and self.rank == 0:
+        wrong = gather(wrong, self.world)[0]
+        if self.rank == 0 and not wrong:
+            for old in checkpoints(self.out)[:-self.keep]:
+                # renamed first: never a half-deleted folder under a checkpoint's name
+                shutil.rmtree(old.rename(old.with_name("." + old.name)), ignore_errors=True)
+        if self.rank == 0 and wrong:
             shutil.rmtree(new, ignore_errors=True)
             tqdm.write(f"step {self.step}: no checkpoint could be written ({wrong[0]}); the ones "
                        f"before are whole, training goes on")

@@ -80,11 +80,15 @@ def all_of(flag, world):
     return flag
 
 
-def averaged(module, world):
+def averaged(module, world, recomputes=False):
     """The module, whose parameters' gradients are then averaged over all processes while the
-    backward pass still computes others (DistributedDataParallel)."""
+    backward pass still computes others (DistributedDataParallel). recomputes: activations are
+    recomputed in it."""
     if world == 1:
         return module
+    if recomputes:
+        # compiled graphs are cut for the sake of the average, which torch 2.6 cannot do with these
+        torch._dynamo.config.optimize_ddp = False
     return DistributedDataParallel(module, gradient_as_bucket_view=True)
 
 
@@ -100,7 +104,7 @@ def shard(network, parts, device, world):
     fully_shard(network, mesh=mesh, reshard_after_forward=True)
 
 
-def local(tensors):
+def parts_here(tensors):
     """The parts of these tensors that this process holds: all, unless they are shared out."""
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
@@ -112,7 +116,7 @@ def whole(tensor):
 
 def bytes_held(trained, frozen, optimizer):
     """-> {what: bytes of this process's tensors}. trained, frozen: modules, None among them."""
-    count = lambda tensors: sum(t.numel() * t.element_size() for t in local(tensors))
+    count = lambda tensors: sum(t.numel() * t.element_size() for t in parts_here(tensors))
     every = lambda modules: [t for module in modules if isinstance(module, torch.nn.Module)
                              for t in [*module.parameters(), *module.buffers()]]
     weights = [p for group in optimizer.param_groups for p in group["params"]]

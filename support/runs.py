@@ -81,25 +81,27 @@ def open_run(args, rank, world):
     with: one entry for each state of the sources, with the step from which on it trained.
     -> Checkpoints, which know the one to go on from"""
     out, settings = Path(args.out), dataclasses.asdict(args) | {"processes": world}
-    held = None
     if rank == 0:
         make_folder(out / "checkpoints")
-        held = lock(out)
-        # left over from a save or a removal that a kill cut short
-        for left in (out / "checkpoints").glob(".step-*"):
-            shutil.rmtree(left, ignore_errors=True)
-    if checkpoints(out):
-        # under a cosine the number of steps shapes every rate; a constant rate may go on longer
-        longer = {"steps"} if args.lr_schedule == "constant" else set()
-        same_options(out, settings, MAY_CHANGE | longer | spread_differently(out, settings),
-                     defaults=type(args)())
-    run = Checkpoints(out, args.keep, rank, world, held)
-    run.go_on_from(newest_sound(out) if rank == 0 else None)
-    if rank == 0:
-        settings["code"] = code_of_run(out, run.start, args.steps)
-        settings |= {name: kept(out, name) for name in ("skipped_shards", "shards")}
-        write_whole(out / "config.json", json.dumps(settings, indent=2) + "\n")
-        announce(args, run.start)
+    run = Checkpoints(out, args.keep, rank, world, lock(out) if rank == 0 else None)
+    with contextlib.ExitStack() as on_error:
+        on_error.push(run)
+        if rank == 0:
+            # left over from a save or a removal that a kill cut short
+            for left in (out / "checkpoints").glob(".step-*"):
+                shutil.rmtree(left, ignore_errors=True)
+        if checkpoints(out):
+            # under a cosine the number of steps shapes every rate; a constant rate may go on longer
+            longer = {"steps"} if args.lr_schedule == "constant" else set()
+            same_options(out, settings, MAY_CHANGE | longer | spread_differently(out, settings),
+                         defaults=type(args)())
+        run.go_on_from(newest_sound(out) if rank == 0 else None)
+        if rank == 0:
+            settings["code"] = code_of_run(out, run.start, args.steps)
+            settings |= {name: kept(out, name) for name in ("skipped_shards", "shards")}
+            write_whole(out / "config.json", json.dumps(settings, indent=2) + "\n")
+            announce(args, run.start)
+        on_error.pop_all()
     return run
 
 
@@ -348,7 +350,7 @@ def last_line(file, step):
     for text in file.read_text().splitlines():
         if text.endswith("}"):
             line = json.loads(text)
-            if line["step"] <= step:
+            if line["step"] <= step and "skipped" not in line:
                 found = line
     return found
 

@@ -315,8 +315,11 @@ class launch:
     def alive(self):
         return any(process.is_alive() for process in self.processes)
 
-    def send(self, number):
+    def send(self, number, workers=False):
+        """A signal to each process, and before that to its data loading processes."""
         for process in self.processes:
+            if workers:
+                subprocess.run(["pkill", f"-{number}", "-P", str(process.pid)], check=True)
             os.kill(process.pid, number)
 
     def wait(self, timeout=150):

@@ -128,7 +128,7 @@ def test_a_signal_ends_a_run_after_its_step_and_the_same_command_goes_on(
     process, file = launch(options(out, **same)), out / "log.jsonl"
     while process.alive() and not (file.is_file() and len(lines_of(out)) > 3):
         time.sleep(0.005)
-    process.send(number)
+    process.send(number, workers=True)  # as a terminal and torchrun do
     codes, said = process.wait(30)
     assert codes == [0], said
     assert "same command goes on from there" in said and not (out / "unet").exists()
@@ -181,6 +181,38 @@ def test_torchrun_restarts_a_run_from_the_newest_checkpoint(options, tmp_path):
     said = torchrun.communicate(timeout=150)[0]
     assert torchrun.returncode == 0 and "resumes at step" in said, said
     assert same_result(out, tmp_path / "whole")
+
+
+def test_a_killed_run_leaves_its_folder_free_at_once(options, tmp_path):
+    same = dict(steps=60, checkpoint_every=100, workers=1)
+    run, file = launch(options(tmp_path, **same)), tmp_path / "log.jsonl"
+    while run.alive() and not (file.is_file() and len(lines_of(tmp_path)) > 1):
+        time.sleep(0.005)
+    run.send(signal.SIGKILL)
+    run.wait()
+    checkpoints.lock(tmp_path).close()  # though a data loading process may live for seconds
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_again(fit, tmp_path, capsys):
+    assert fit(tmp_path, steps=2, checkpoint_every=2) == 0
+    (step(tmp_path, 2) / "optimizer.pt").write_bytes(b"zeros")
+    assert fit(tmp_path, steps=2, checkpoint_every=2) == 2
+    assert "all checkpoints there are damaged" in capsys.readouterr().err
+
+
+def test_an_error_in_a_run_does_not_lose_the_checkpoint_that_is_being_written(
+        fit, tmp_path, monkeypatch):
+    move, write = train.optimizer_step, checkpoints.Checkpoints.write
+
+    def slow(self, folder, states):
+        time.sleep(0.5)
+        return write(self, folder, states)
+
+    monkeypatch.setattr(checkpoints.Checkpoints, "write", slow)
+    monkeypatch.setattr(train, "optimizer_step",
+                        lambda *args: move(*args) if args[3] < 2 else None)
+    assert fit(tmp_path, steps=4, checkpoint_every=2, max_bad_steps=1) == 2
+    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["step-000002"]
 
 
 def test_a_second_signal_ends_at_once(monkeypatch):

@@ -143,7 +143,7 @@ def test_recorded_rows_stand_only_beside_what_was_made_the_same_way():
     assert set(rows(teacher_steps=20)) == {"plain"} and set(rows(n=1)) == {"teacher"}
     other = rows(reward="jpeg")  # by which the recorded pictures were not scored
     assert [row["reward"] for row in other.values()] == [None, None]
-    assert evaluate.table([other["plain"]], "jpeg").splitlines()[-1].count("|") == 7
+    assert evaluate.table([other["plain"]], "jpeg").splitlines()[-1].count("|") == 8
 
 
 def test_the_teachers_row_comes_from_the_record_unless_it_is_asked_to_draw(

@@ -106,8 +106,8 @@ def test_warped_pictures_keep_their_captions_labels_and_are_made_once(tmp_path, 
     for i, colour in enumerate(([250, 0, 0], [0, 250, 0], [0, 0, 250])):
         images[i, :, 8:56, 8:56] = torch.tensor(colour, dtype=torch.uint8)[:, None, None]
 
-    def read_split(name):
-        assert name == "train"
+    def read_split(pocket, name):
+        assert pocket == experiment.POCKET and name == "train"
         return images, ["red, a, b", "green, c", "blue"]
 
     def python(script, *options):

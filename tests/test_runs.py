@@ -32,7 +32,8 @@ def start(out, checkpoint=None, **options):
     """Start a run, which has come to that step."""
     if checkpoint is not None:
         (out / "checkpoints" / f"step-{checkpoint:06d}").mkdir(parents=True)
-    return runs.open_run(Config(out=str(out), **options), 0, 1)
+    with runs.open_run(Config(out=str(out), **options), 0, 1) as run:
+        return run
 
 
 def record(out):
@@ -163,6 +164,14 @@ def test_without_the_package_wandb_the_option_says_what_to_install(tmp_path, mon
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(InputError, match=r"pip install 'rg-lcd\[wandb\]'"):
         runs.Log(Config(out=str(tmp_path), wandb="mine"), 0, 1, rank=0)
+
+
+def test_a_skipped_step_does_not_hide_the_count_of_broken_samples(tmp_path):
+    lines = [{"step": 1, "broken": {"web page": 3}}, {"step": 2, "skipped": ["a"]}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    log = runs.Log(Config(out=str(tmp_path), steps=4), 2, 1, rank=0)
+    assert log.broken.counts["web page"] == 3
+    log.close()
 
 
 def test_numbers_by_name_are_logged_as_they_are_and_flat_in_tensorboard():

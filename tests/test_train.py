@@ -903,7 +903,7 @@ def test_the_flops_of_a_step_are_those_of_its_networks(scene, model_folder):
     model, student = scene["model"], scene["student"]
     one_pass = lambda batch, with_reward: train.distillation_loss(
         **scene | {"batch": batch} | ({} if with_reward else {"reward": None}))
-    one_pass.zero_grad = student.zero_grad
+    one_pass.zero_grad, one_pass.latent_rm = student.zero_grad, None
     rewarded = flops.of_step(one_pass, (4, 8, 8), False, args, torch.device("cpu"))
     args.reward_batch = 0
     plain = flops.of_step(one_pass, (4, 8, 8), False, args, torch.device("cpu"))
