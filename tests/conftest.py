@@ -289,6 +289,7 @@ forks.set_forkserver_preload(["train", "latent_rm", "conftest"])
 
 def run_forked(name, argv, environment, output):
     os.environ.update(environment)
+    multiprocessing.set_start_method("fork", force=True)  # of data loading processes, as for users
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1), os.dup2(file, 2)
     sys.exit(call(sys.modules[name].main, *argv))

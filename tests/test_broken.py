@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections import Counter
 
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 import data
 import train
-from conftest import ROOT, call, random_png, write_shard
+from conftest import ROOT, call, launch, random_png, write_shard
 from data import Shards, batches
 from support import broken
 from support.broken import Broken
@@ -298,3 +299,52 @@ def test_a_run_may_go_without_a_damaged_shard_and_records_it(mixed, model_folder
     assert call(train.main, *argv) == 2
     error = capsys.readouterr().err
     assert "whole.tar" in error and "without none now" in error
+
+
+def pocket_with_faults(folder):
+    """The pocket's pictures in four shards: a hundredth of them broken in three ways, and one shard
+    with a damaged header."""
+    samples = {}
+    with tarfile.open(ROOT / "pocket/data/train-000.tar") as tar:
+        for member in tar:
+            stem = member.name.rpartition(".")[0]
+            samples.setdefault(stem, []).append((member.name, tar.extractfile(member).read()))
+    breaks = [lambda data: data[:200], lambda data: b"<html>not here</html>", lambda data: b""]
+    for shard in range(4):
+        members = []
+        for i, files in list(enumerate(samples.values()))[shard::4]:
+            if i % 100 == 37:
+                (name, data), *rest = files
+                files = [(name, breaks[i // 100 % 3](data)), *rest]
+            members += files
+        write_shard(folder / f"{shard}.tar", members)
+    with tarfile.open(folder / "2.tar") as tar:
+        offset = tar.getmembers()[300].offset
+    raw = bytearray((folder / "2.tar").read_bytes())
+    raw[offset:offset + 512] = b"\xff" * 512
+    (folder / "2.tar").write_bytes(raw)
+
+
+@pytest.mark.slow
+def test_two_processes_with_workers_count_every_broken_sample_of_the_pocket(tmp_path):
+    """The soak: nothing hangs, and the counts are those of the samples that were drawn."""
+    folder, steps = tmp_path / "data", 500
+    folder.mkdir()
+    pocket_with_faults(folder)
+    argv = ["--data", folder, "--skip-bad-shards", "--max-bad", 0.5, "--batch-size", 2,
+            "--workers", 2, "--steps", steps, "--checkpoint-every", 50, "--no-evaluate",
+            "--reward", "none", "--device", "cpu", "--seed", 4, "--out", tmp_path / "run"]
+    launch(argv, world=2).succeed()
+    shards, expected = Shards(folder, 64, skip_bad=True), Counter()
+    for position in range(steps * 4):
+        number, attempt = shards.number(4, position), 0
+        while True:
+            try:
+                shards.sample(number, 0)
+                break
+            except BadSample as bad:
+                expected[bad.kind] += 1
+                number, attempt = shards.substitute(4, position, attempt), attempt + 1
+    assert log(tmp_path / "run")[-1] == expected
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["skipped_shards"] == [str(folder / "2.tar")]
