@@ -22,9 +22,6 @@ from support.broken import Broken
 from support.shards import changed
 from support.weights import WEIGHTS, InputError
 
-pytest.importorskip("fsspec")
-pytest.importorskip("aiohttp")
-
 
 class Server(ThreadingHTTPServer):
     """Files by ranges, as a bucket gives them. faults: {name: what goes wrong at the next requests
