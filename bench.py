@@ -28,23 +28,24 @@ import dataclasses
 import json
 import platform
 import statistics
+import tempfile
 import time
 from dataclasses import dataclass
 
 import open_clip
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPTextConfig, CLIPTextModel
 
 import latent_rm as proxy
 import train
 from lcm_solver import DDIMSolver, NoiseSchedule, guidance_embedding
 from pipeline import Pipeline
 from reward import ClipReward, load_reward, recompute_activations
-from support import cli, single_file
+from support import cli
 from support.cli import POCKET, at_least, option, parse, require, run
-from support.weights import InputError, load_tokenizer
-from text_encoder import TextEncoder
+from support.tokenizer import built_in
+from support.weights import InputError
+from text_encoder import TextEncoder, TextTower
 from unet import UNet, UNetConfig
 from vae import VAE
 
@@ -78,8 +79,7 @@ class Config:
 def random_model(device, dtype):
     """A Pipeline of SD2.1's size with random weights, and a student's UNet."""
     with torch.device(device):
-        text = CLIPTextModel(CLIPTextConfig(**single_file.CONFIGS["sd2"]["text_encoder"]))
-        networks = (VAE(), TextEncoder(text, single_file.tokenizer("sd2", load_tokenizer)),
+        networks = (VAE(), TextEncoder(TextTower(), built_in("sd2")),
                     UNet(UNetConfig(time_cond_proj_dim=train.W_DIM)))
     vae, text_encoder, unet = (net.to(dtype).eval().requires_grad_(False) for net in networks)
     vae.to(memory_format=torch.channels_last)  # as VAE.from_pretrained does at this size
@@ -244,6 +244,23 @@ class DiffusersVAE:
         return self.net.decode((latents / self.config.scaling_factor).to(self.dtype)).sample
 
 
+def transformers_text(text_encoder):
+    """transformers' tokenizer, and its CLIPTextModel around the weights of ours."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    with tempfile.TemporaryDirectory() as folder:
+        text_encoder.tokenizer.save_pretrained(folder)
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+    model = text_encoder.model
+    with torch.device("meta"):
+        twin = CLIPTextModel(CLIPTextConfig(**dataclasses.asdict(model.config)))
+    twin.load_state_dict(model.state_dict(), assign=True, strict=False)
+    for name, buffer in twin.named_buffers():  # the position ids, which no file holds
+        owner, _, attribute = name.rpartition(".")
+        positions = torch.arange(buffer.shape[-1], device=model.final_layer_norm.weight.device)
+        twin.get_submodule(owner).register_buffer(attribute, positions[None], persistent=False)
+    return tokenizer, twin.eval()
+
+
 def diffusers_work(args, ours, unet, trained):
     """The same through diffusers: its networks around the same weights, in our algorithm for the
     training step and in its own pipeline for the picture. -> {row: function}, its networks"""
@@ -261,7 +278,7 @@ def diffusers_work(args, ours, unet, trained):
         return twins
 
     calls = work(args, dataclasses.replace(ours, vae=vae), net, trained_twins)
-    tokenizer, text = ours.text_encoder.tokenizer, ours.text_encoder.model
+    tokenizer, text = transformers_text(ours.text_encoder)
     scheduler = LCMScheduler(
         1000, 0.00085, 0.012, "scaled_linear", set_alpha_to_one=False, clip_sample=False,
         original_inference_steps=unet.config.lcm_grid or 50)

@@ -30,7 +30,6 @@ from support.cli import (
     run,
 )
 from support.weights import InputError
-from unet import UNet
 
 PROMPTS = ["a red apple", "a smiling cat", "rocket", "a firefighter", "a green heart", "a snowman"]
 GRID = 64  # pictures that grid.png shows at most
@@ -113,8 +112,7 @@ def main():
     model = Pipeline.from_pretrained(args.model, device, dtype)
     student = Path(args.model) / "student"
     where = args.unet or str(student if args.solver == "lcm" and student.is_dir() else args.model)
-    unet = UNet.from_pretrained(where, dtype=dtype, device=device)
-    model.check(unet, where, student=args.solver == "lcm")
+    unet = model.load_unet(where, student=args.solver == "lcm")
     if args.solver == "lcm":
         # called for its error: a wrong number of steps is refused before any work
         lcm_timesteps(model.schedule, args.steps, unet.config.lcm_grid or 50)
