@@ -375,10 +375,11 @@ def new_latent_rm(args, shape):
 
 @torch.no_grad()
 def posterior(tensors, vae, device):
-    """Pictures [B,3,R,R] or posteriors [B,2,C,s,s] -> mean and std of the unscaled latents,
-    [B,C,s,s] each. vae: None if there are posteriors only."""
+    """Pictures [B,3,R,R], uint8 or in [-1,1], or posteriors [B,2,C,s,s] -> mean and std of the
+    unscaled latents, [B,C,s,s] each. vae: None if there are posteriors only."""
     means, stds = [], []
     for part in tensors.to(device, non_blocking=True).split(32):
+        part = data.as_input(part)
         mean, std = part.unbind(1) if part.ndim == 5 else vae.posterior(part)
         means.append(mean)
         stds.append(std)

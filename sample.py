@@ -29,6 +29,7 @@ from support.cli import (
     require,
     run,
 )
+from support.kernels import compile_for_drawing
 from support.weights import InputError
 
 PROMPTS = ["a red apple", "a smiling cat", "rocket", "a firefighter", "a green heart", "a snowman"]
@@ -124,7 +125,7 @@ def main():
     size = parse_size(args.size, model.vae.factor) if args.size else None
     tell_cut(model.text_encoder, [*prompts, args.negative] if args.negative else prompts)
     if args.compile:
-        unet.compile()
+        compile_for_drawing(unet)
 
     facts = {"steps": args.steps, "solver": args.solver, "guidance": args.guidance,
              "negative": args.negative, "model": args.model, "unet": where}

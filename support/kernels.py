@@ -1,6 +1,7 @@
-"""The same numbers sooner on a CPU: attention in slices, and weights laid out once for oneDNN.
+"""The same numbers sooner. On a CPU: attention in slices, and weights laid out once for oneDNN; on
+CUDA both leave everything to PyTorch. On both: compiling block by block.
 
-What each buys stands in docs/speed.md. On CUDA both leave everything to PyTorch.
+What each buys stands in docs/speed.md.
 """
 import torch
 import torch.nn.functional as F
@@ -103,3 +104,20 @@ class PackedLinear(Packs, nn.Linear):
 
 
 PACKED = {nn.Conv2d: PackedConv2d, nn.Linear: PackedLinear}
+
+
+def compile_blocks(network, kinds, **options):
+    """torch.compile of every module of these classes within the network, by itself: blocks of one
+    class and shape share one compilation. SD2.1's UNet has 38 such blocks of 18 shapes."""
+    import torch._dynamo  # takes a second
+    torch._dynamo.config.cache_size_limit = 64  # shapes of a class: PyTorch gives up at 8
+    for module in network.modules():
+        if isinstance(module, kinds):
+            module.compile(dynamic=False, **options)
+
+
+def compile_for_drawing(unet):
+    """torch.compile of a whole frozen UNet. On CUDA for one size and number of pictures (others
+    compile again), with kernels tuned for them and launched as one CUDA graph."""
+    on_cuda = next(unet.parameters()).device.type == "cuda"
+    unet.compile(**({"mode": "max-autotune", "dynamic": False} if on_cuda else {}))

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from conftest import UNET, agree, agree_by_name, rand, randomize, same_weights
 from support import kernels
-from support.kernels import PackedConv2d, attention, prepare_for_inference
-from unet import UNet, UNetConfig
+from support.kernels import PackedConv2d, attention, compile_blocks, prepare_for_inference
+from unet import ResnetBlock, Transformer, UNet, UNetConfig
 
 INPUTS = rand(2, 4, 8, 8), torch.tensor([999, 19]), rand(2, 7, 32, seed=1)
 
@@ -154,3 +154,36 @@ def test_in_bf16_we_are_no_farther_from_float32_than_diffusers(tmp_path):
     z, t, context = INPUTS
     error = lambda out: (out.float() - exact(*INPUTS)).square().mean().sqrt()
     assert error(ours(*INPUTS)) <= 1.1 * error(theirs(z.bfloat16(), t, context.bfloat16()).sample)
+
+
+class Count:
+    """A backend of torch.compile that counts what it is given."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return graph.forward
+
+
+def test_compiled_blocks_of_one_shape_are_compiled_once_and_change_nothing():
+    torch._dynamo.reset()
+    plain, backend = new_unet().requires_grad_(), Count()
+    compiled = copy.deepcopy(plain)
+    compile_blocks(compiled, (ResnetBlock, Transformer), backend=backend, fullgraph=True)
+    blocks = [m for m in plain.modules() if isinstance(m, (ResnetBlock, Transformer))]
+    shapes = set()
+    for block in blocks:
+        block.register_forward_hook(
+            lambda m, i, o: shapes.add((type(m), i[0].shape, o.shape)))
+    gradients = []
+    for network in (plain, compiled):
+        out = network(*INPUTS)
+        out.square().mean().backward()
+        gradients.append((out, {n: p.grad for n, p in network.named_parameters()}))
+    assert 8 < backend.graphs == len(shapes) < len(blocks)
+    agree(gradients[1][0], gradients[0][0], 1e-5)
+    agree_by_name(gradients[1][1], gradients[0][1])
+    compiled(*INPUTS)
+    assert backend.graphs == len(shapes)
