@@ -145,16 +145,16 @@ def markdown(results):
 def plot(results, x, y):
     """Each row a labelled point with its 95% intervals, column y against column x -> SVG, or ""
     where no row has both. x "calls": rows of one model at several steps are joined, and rows that
-    no network drew are levels."""
+    no network drew are levels. Where names do not fit, numbers stand for them, with a list."""
     try:
         from matplotlib import rc_context
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError("report.html needs matplotlib: pip install -e '.[evaluate]'") from None
-    columns = results["columns"]
     rows = [row for row in results["rows"] if y and score(row, y)[0] is not None]
     points = [row for row in rows if x and score(row, x)[0] is not None]
+    levels = [row for row in rows if x == "calls" and row not in points]
     if not points:
         return ""
     style = {"svg.fonttype": "none", "svg.hashsalt": x, "text.parse_math": False, "font.size": 9.5,
@@ -163,81 +163,90 @@ def plot(results, x, y):
              "xtick.color": LINE, "ytick.color": LINE, "xtick.labelcolor": QUIET,
              "ytick.labelcolor": QUIET, "text.color": INK}
     with rc_context(style):
-        figure = Figure((5.2, 3.7), dpi=72, layout="constrained")
+        figure, svg = Figure((5.2, 3.7), dpi=72, layout="constrained"), io.StringIO()
         FigureCanvasAgg(figure)  # measures text
         axes = figure.subplots()
-        axes.set_xlabel("network calls a picture" if x == "calls" else columns[x]["title"])
+        columns = {"calls": {"title": "network calls a picture"}} | results["columns"]
+        axes.set_xlabel(columns[x]["title"])
         axes.set_ylabel(columns[y]["title"])
-        axes.margins(0.15)
-        for row in points:
-            at, low, high = zip(bounds(row, x), bounds(row, y))
-            colour = ACCENT if row["kind"] == "student" else QUIET
-            axes.plot((low[0], high[0]), (at[1], at[1]), color=colour, linewidth=1, alpha=0.5)
-            axes.plot((at[0], at[0]), (low[1], high[1]), color=colour, linewidth=1, alpha=0.5)
-            axes.plot(*at, MARKERS.get(row["kind"], "^"), color=colour, markersize=6)
-        levels = [row for row in rows if x == "calls" and row not in points]
-        if x == "calls":
-            for model in by_model(points):
-                axes.plot(*zip(*[(row["calls"], score(row, y)[0]) for row in model]), color=ACCENT)
-            for row in levels:
-                axes.axhline(score(row, y)[0], color=LINE, zorder=0)
-            axes.set_xscale("log")
-            calls = sorted({row["calls"] for row in points})
-            axes.set_xticks(calls, [str(n) for n in calls])
-            axes.minorticks_off()
+        spots = draw(axes, points, levels, x, y)
         figure.draw_without_rendering()  # settles the layout, on which it depends what fits where
-        spots = []
-        for row in points:
-            at = (score(row, x)[0], score(row, y)[0])
-            spots.append([(at, "data", step) for step in PLACES])
-        for row in levels:
-            spots.append([((side, score(row, y)[0]), ("axes fraction", "data"), (1 - 2 * side, dy))
-                          for side in (1, 0) for dy in (3, -3)])
-        label(axes, [row["name"] for row in points + levels], spots)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    return for_page(text.getvalue(), f"{axes.get_ylabel()} against {axes.get_xlabel()}")
+        names, key = {row["name"]: i for i, row in enumerate(results["rows"], 1)}, ""
+        shown = [row["name"] for row in points + levels]
+        if not label(axes, shown, spots):
+            for text in list(axes.texts):
+                text.remove()
+            label(axes, [str(names[name]) for name in shown], spots)
+            key = "".join(f"<li value={i}>{html.escape(name)}</li>"
+                          for name, i in names.items() if name in shown)
+        figure.savefig(svg, format="svg", metadata={"Date": None})
+    title = f"{axes.get_ylabel()} against {axes.get_xlabel()}"
+    return for_page(svg.getvalue(), title) + (f"<ol>{key}</ol>" if key else "")
+
+
+def draw(axes, points, levels, x, y):
+    """-> for each point and level the spots where its label may stand: (position, its coordinates,
+    step from there in points), best first"""
+    spots = []
+    for row in points:
+        at, low, high = zip(bounds(row, x), bounds(row, y))
+        colour = ACCENT if row["kind"] == "student" else QUIET
+        axes.plot((low[0], high[0]), (at[1], at[1]), color=colour, linewidth=1, alpha=0.5)
+        axes.plot((at[0], at[0]), (low[1], high[1]), color=colour, linewidth=1, alpha=0.5)
+        axes.plot(*at, MARKERS.get(row["kind"], "^"), color=colour, markersize=6)
+        spots.append([(at, "data", step) for step in PLACES])
+    for row in levels:
+        level = score(row, y)[0]
+        axes.axhline(level, color=LINE, zorder=0)
+        spots.append([((side, level), ("axes fraction", "data"), (1 - 2 * side, dy))
+                      for side in (1, 0) for dy in (3, -3)])
+    axes.margins(0.15)
+    if x == "calls":
+        models = {}  # by names that differ in nothing but the number of steps
+        for row in sorted(points, key=lambda row: row["calls"]):
+            name = re.sub(r"\d+(?=[- ]?steps?\b)", "", row["name"])
+            models.setdefault((row["kind"], name), []).append((row["calls"], score(row, y)[0]))
+        for (kind, _), model in models.items():
+            axes.plot(*zip(*model), color=ACCENT if kind == "student" else QUIET)
+        axes.set_xscale("log")
+        calls = sorted({row["calls"] for row in points})
+        axes.set_xticks(calls, [str(n) for n in calls])
+        axes.minorticks_off()
+    return spots
 
 
 def bounds(row, key):
+    """-> value and its interval, the value thrice if there is none"""
     value = row["summary"].get(key) or {"mean": row[key], "low": None}
     if value["low"] is None:
         return (value["mean"],) * 3
     return value["mean"], value["low"], value["high"]
 
 
-def by_model(rows):
-    """The rows of one model at several numbers of steps, in their order: names that differ in
-    nothing else."""
-    models = {}
-    for row in sorted(rows, key=lambda row: row["calls"]):
-        name = re.sub(r"\d+(?=[- ]?steps?\b)", "", row["name"])
-        models.setdefault((row["kind"], name), []).append(row)
-    return models.values()
-
-
 def label(axes, names, spots):
-    """Write each name at that of its spots (position, its coordinates, step in points) where it
-    covers least: labels and points, and after these lines."""
-    canvas = axes.figure.canvas.get_renderer()
+    """Write each name at that of its spots where it covers least: labels and points, and after
+    these lines. -> whether none covers another or a point"""
+    canvas, side = axes.figure.canvas.get_renderer(), lambda d, names: names[(d > 0) - (d < 0)]
     lines = [line.get_window_extent(canvas) for line in axes.lines]
     taken = [box for box, line in zip(lines, axes.lines) if line.get_marker() != "None"]
-    side = lambda step, names: names[(step > 0) - (step < 0)]
+    fit = True
     for name, places in zip(names, spots):
         tried = []
         for at, coordinates, (dx, dy) in places:
             text = axes.annotate(
-                name if len(name) <= 34 else name[:33] + "\u2026", at, (dx, dy), coordinates,
-                "offset points", ha=side(dx, ["center", "left", "right"]),
-                va=side(dy, ["center", "bottom", "top"]), in_layout=False)
+                name, at, (dx, dy), coordinates, "offset points", in_layout=False,
+                ha=side(dx, ["center", "left", "right"]), va=side(dy, ["center", "bottom", "top"]))
             box = text.get_window_extent(canvas)
             outside = not (axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max))
-            cost = (outside + box.count_overlaps(taken), box.count_overlaps(lines), len(tried))
-            tried.append((cost, text, box))
-        (_, _, best), _, box = min(tried)
+            tried.append((outside + box.count_overlaps(taken), box.count_overlaps(lines),
+                          len(tried), text, box))
+        covered, _, _, chosen, box = min(tried)
         taken.append(box)
-        for i, (_, text, _) in enumerate(tried):
-            text.set_visible(i == best)
+        for *_, text, _ in tried:
+            if text is not chosen:
+                text.remove()
+        fit = fit and not covered
+    return fit
 
 
 def for_page(svg, title):
@@ -291,7 +300,7 @@ def pictures(results, folder, room):
             room -= len(as_json(unit)) + 2
             if room < 0:
                 return units
-            if any(shown):
+            if k == 0 or any(shown):
                 units.append(unit)
     return units
 
@@ -356,7 +365,9 @@ def page(results, folder, limit_bytes):
                                     "before any picture; give more than that")
     data["units"] = pictures(results, folder, limit_bytes - without - 64)
     # the browser keeps votes under this name, so that those on other pictures do not mix in
-    data["id"] = hashlib.sha256(as_json(data).encode()).hexdigest()[:16]
+    seen = [[unit["prompt"], unit["picture"], [row and row[0] for row in unit["rows"]]]
+            for unit in data["units"]]
+    data["id"] = hashlib.sha256(as_json([data["rows"], seen]).encode()).hexdigest()[:16]
     return filled()
 
 

@@ -320,24 +320,22 @@ def test_votes_are_counted_and_saved(page):
 
 
 def test_sides_are_balanced_and_drawn_by_the_seed(page):
-    orders = {}
+    orders, ballots = {}, "session.ballots.map(b => [b.unit.prompt, b.unit.picture, b.left])"
     for seed in range(4):
         page.choose(STUDENT, "real pictures", seed)  # seven pairs: an odd number
-        orders[seed] = [tuple(ballot) for ballot in page.get(
-            "session.ballots.map(b => [b.prompt, b.picture, b.left])")]
+        orders[seed] = [tuple(ballot) for ballot in page.get(ballots)]
         lefts = [left for _, _, left in orders[seed]]
         assert abs(lefts.count("a") - lefts.count("b")) == 1
         assert sorted(prompt for prompt, _, _ in orders[seed]) == list(range(len(PROMPTS)))
     assert len({tuple(order) for order in orders.values()}) == 4
     page.choose(STUDENT, "real pictures", 2)
-    assert [tuple(b) for b in page.get("session.ballots.map(b => [b.prompt, b.picture, b.left])")
-            ] == orders[2]
+    assert [tuple(ballot) for ballot in page.get(ballots)] == orders[2]
     # over many seeds no prompt has a side, and no side the odd one
     counts = page.js("""
         const left = {};
         for (let seed = 0; seed < 400; seed++) {
           for (const b of drawBallots(0, 2, seed)) {
-            left[b.prompt] = (left[b.prompt] || 0) + (b.left === "a");
+            left[b.unit.prompt] = (left[b.unit.prompt] || 0) + (b.left === "a");
           }
         }
         return Object.values(left);""")
@@ -373,13 +371,17 @@ def test_space_presses_a_button_that_has_the_focus(page):
     assert page.get("session.votes.map(v => v.choice)") == ["tie"]
 
 
-def test_pictures_can_be_pressed(page):
+def test_pictures_and_buttons_can_be_pressed(page):
+    from selenium.webdriver import ActionChains
     page.choose(STUDENT, TEACHER)
     page.click("start")
     for side in ("left", "right", "tie"):
         page.chrome.find_element("css selector", f"[data-choice={side}]").click()
-    page.chrome.find_element("css selector", ".choices [data-choice=tie]").click()
-    assert page.get("session.votes.map(v => v.choice)") == ["left", "right", "tie", "tie"]
+    page.chrome.find_element("css selector", ".choices [data-choice=left]").click()
+    assert page.get("session.votes.map(v => v.choice)") == ["left", "right", "tie", "left"]
+    ActionChains(page.chrome).double_click(
+        page.chrome.find_element("css selector", ".choices [data-choice=right]")).perform()
+    assert page.get("session.votes.length") == 5  # a double click is one vote
 
 
 def test_a_reload_keeps_the_votes(page):
