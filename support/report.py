@@ -53,8 +53,8 @@ def opponents(results, rows, key):
     against = {}
     for row in rows:
         if row[key]:
-            by = "people" if key == "votes" else results["columns"][row[key]["by"]]["title"]
-            against[row["name"]] = f"against {row[key]['against']}, by {by}"
+            by = "" if key == "votes" else f", by {results['columns'][row[key]['by']]['title']}"
+            against[row["name"]] = f"against {row[key]['against']}{by}"
     if len(set(against.values())) == 1:
         return next(iter(against.values()))
     return "; ".join(f"{name} {words}" for name, words in against.items())
@@ -70,7 +70,7 @@ def key_columns(results):
     first = lambda keys: next(iter(keys), None)
     return (first(key for key in columns if columns[key]["trained"]),
             first(key for key in judges if key in columns and not columns[key]["trained"]),
-            first(key for key in columns if re.search("frechet|fid", key)))
+            first(key for key in columns if re.search("frechet|(^|_)fid(_|$)", key)))
 
 
 def table(results):
@@ -87,14 +87,12 @@ def table(results):
 
 
 def legend(results):
-    of = {value["of"] for row in results["rows"] for value in row["summary"].values()}
+    of = {value["of"] for row in results["rows"] for value in row["summary"].values() if value}
     seeds = "; * over training seeds" if "training seeds" in of else ""
-    lines = [f"Intervals are 95%, over prompts{seeds}."]
-    for key, title in RATES.items():
-        against = opponents(results, results["rows"], key)
-        if against:
-            lines.append(f"{title.capitalize()}: {against}, ties half (Wilson's interval).")
-    return " ".join(lines)
+    against = {title: opponents(results, results["rows"], key) for key, title in RATES.items()}
+    rates = [f"{capital(title)}: {words}." for title, words in against.items() if words]
+    ties = ["Ties count half, the intervals of rates are Wilson's."] if rates else []
+    return " ".join([f"Intervals are 95%, over prompts{seeds}.", *rates, *ties])
 
 
 def headline(results):
@@ -226,10 +224,10 @@ def bounds(row, key):
 def label(axes, names, spots):
     """Write each name at that of its spots where it covers least: labels and points, and after
     these lines. -> whether none covers another or a point"""
-    canvas, side = axes.figure.canvas.get_renderer(), lambda d, names: names[(d > 0) - (d < 0)]
+    canvas, fit = axes.figure.canvas.get_renderer(), True
     lines = [line.get_window_extent(canvas) for line in axes.lines]
     taken = [box for box, line in zip(lines, axes.lines) if line.get_marker() != "None"]
-    fit = True
+    side = lambda step, names: names[(step > 0) - (step < 0)]
     for name, places in zip(names, spots):
         tried = []
         for at, coordinates, (dx, dy) in places:

@@ -1,6 +1,7 @@
 """report.md and report.html. The pictures of these tests are of one colour each, which names their
 row, prompt and seed, so that what the page shows is read from its pixels, not from its script."""
 import base64
+import html
 import json
 import math
 import re
@@ -161,6 +162,43 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(InputError, match=r"pip install -e '\.\[evaluate\]'"):
         written(tmp_path, make(tmp_path))
+
+
+def test_each_row_is_a_labelled_point_of_both_plots(tmp_path):
+    results = make(tmp_path)
+    results["rows"][1]["name"] = results["rows"][2]["win"]["against"] = "$\\alpha & co"
+    results["rows"][3]["win"]["against"] = "$\\alpha & co"
+    _, page = written(tmp_path, results)
+    plots = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    assert len(plots) == 2 and page.count("<ol>") == 0
+    for plot in plots:
+        texts = [html.unescape(text) for text in re.findall(r"<text[^>]*>([^<]*)</text>", plot)]
+        assert all(row["name"] in texts for row in results["rows"])
+        assert "var(--ink)" in plot and "#0a000" not in plot
+    ids = re.findall(r'\sid="([^"]*)"', page)
+    assert len(ids) == len(set(ids))
+    # where names do not fit: the numbers of the rows, and a list of these
+    results["rows"] = [row | {"name": f"{row['name']} with a long name, copy {i}", "win": None}
+                       for i in range(4) for row in results["rows"]]
+    _, page = written(tmp_path, results)
+    for plot, key in zip(re.findall(r"<svg.*?</svg>", page, re.DOTALL),
+                         re.findall(r"<ol>(.*?)</ol>", page)):
+        texts = re.findall(r"<text[^>]*>([^<]*)</text>", plot)
+        assert all(str(i) in texts for i in range(1, 17))
+        found = {int(i): html.unescape(name) for i, name in
+                 re.findall(r"<li value=(\d+)>(.*?)</li>", key)}
+        assert found == {i: row["name"] for i, row in enumerate(results["rows"], 1)}
+
+
+def test_a_line_joins_one_model_at_several_steps(tmp_path):
+    from matplotlib.figure import Figure
+    rows = make(tmp_path)["rows"][1:]
+    rows[2]["name"] = "student, 4-step"
+    axes = Figure().subplots()
+    report.draw(axes, rows, [], "calls", "judge")
+    joined = [line.get_xydata().tolist() for line in axes.lines if line.get_linewidth() > 1
+              and len(set(line.get_xdata())) > 1]
+    assert joined == [[[2, 0.701], [4, 0.707]]]
 
 
 def test_the_same_results_make_the_same_page(tmp_path):
