@@ -609,6 +609,15 @@ def test_scores_are_shown_on_hover_focus_and_tap(page):
     page.js("arguments[0].blur(); hideCard(); arguments[0].click()", button)
     assert not page.hidden("card")
     assert "judge" in page.get(f"{item}.querySelectorAll('.picture')[2].ariaDescription")
+    # the keyboard scrolls to what is out of sight, and its scores stay
+    page.js("scrollTo(0, 0); document.getElementById('by').focus()")
+    pictures = page.get("document.querySelectorAll('.picture').length")
+    page.press(*["\ue004"] * pictures)
+    time.sleep(0.3)
+    top, bottom = page.get("(r => [r.top, r.bottom])(document.getElementById('card')"
+                           ".getBoundingClientRect())")
+    assert page.get("scrollY") > 0 and 0 <= top < bottom <= page.get("innerHeight")
+    assert page.text("card").startswith("<b>mine</b>, 4-step, picture 2")
 
 
 def test_rows_without_pictures(chrome, tmp_path):
@@ -617,7 +626,7 @@ def test_rows_without_pictures(chrome, tmp_path):
     page = Page(chrome, tmp_path, results)
     names = page.get("[...document.getElementById('a').options].map(o => o.text)")
     assert names == [name for name in page.rows if name != TEACHER]
-    assert "0 of 7 votes" in page.text("state")
+    assert "0 of 14 votes" in page.text("state")  # the last student and the row above it
     for row in results["rows"]:
         row["pictures"] = None
     page = Page(chrome, tmp_path, results)
