@@ -21,8 +21,8 @@ between students, not its level. docs/evaluation.md says what each column is.
 import dataclasses
 import datetime
 import importlib.util
-import os
 import platform
+import re
 import shlex
 import sys
 import textwrap
@@ -35,11 +35,12 @@ import torch
 from data import TRIES, Shards
 from lcm_solver import lcm_timesteps
 from pipeline import Pipeline, labelled_grid
-from reward import load_reward, parse_spec
+from reward import REWARDS, load_reward, parse_spec
 from support import cli, processes, protocols, results, scoring
 from support.cli import POCKET, at_least, option, parse, require, run
 from support.drawn import Drawn
 from support.pictures import save_png, to_pil, to_tensor
+from support.rows import REAL, Row, parse_row, unet_row
 from support.scoring import Scorers, real_pictures
 from support.shards import BadSample
 from support.weights import InputError, find_component, parse_config, read_json
@@ -114,62 +115,16 @@ class Config:
 
 # ------------------------------------------------------------------------------------------- rows
 
-@dataclass
-class Row:
-    """A row that is to be measured. kind: teacher, student, folder, real, round-trip, recorded.
-    paths: of its UNets, one a training seed, or of its folder; record: what a recorded one
-    shows."""
-    name: str
-    kind: str
-    paths: tuple = ()
-    steps: int | None = None
-    n: int | None = None
-    record: dict | None = None
-    config: object = None  # of its first UNet
-
-    def calls(self):
-        if self.kind == "teacher":
-            return 2 * self.steps  # conditional and unconditional
-        return self.steps
-
-
-def parse_row(text, args):
-    """One of --rows -> Row."""
-    name, sign, spec = text.partition("=")
-    if not sign or os.path.exists(text.rpartition("@")[0]):
-        name, spec = None, text
-    if spec in ("real", "round-trip"):
-        words = {"real": "real pictures", "round-trip": "real, through the VAE"}
-        return Row(name or words[spec], spec, n=1)
-    if spec.startswith("folder:"):
-        return Row(name or spec, "folder", (spec.removeprefix("folder:"),))
-    path, _, steps = spec.rpartition("@")
-    require(path and steps.isdecimal() and int(steps) > 0,
-            f"--rows {text}: expected teacher@STEPS, student@STEPS, PATH@STEPS, "
-            "NAME=PATH+PATH@STEPS, folder:PATH, real or round-trip")
-    paths = [path] if os.path.exists(path) else path.split("+")
-    own = {"teacher": args.model, "student": args.unet}
-    return unet_row(name, [own.get(path, path) for path in paths], int(steps), args.n)
-
-
-def unet_row(name, paths, steps, n, kind=None):
-    """A Row of UNets, whose config says whether it is a teacher or a student."""
-    configs = [parse_config(find_component(path, "unet"), UNet.Config) for path in paths]
-    kinds = {"student" if config.time_cond_proj_dim else "teacher" for config in configs}
-    require(len(kinds) == 1, f"--rows {name}: teachers and students in one row")
-    kind = kind or kinds.pop()
-    where = f"{Path(paths[0]).parent.name}/{Path(paths[0]).name}"
-    default = f"teacher, {steps}-step DDIM" if kind == "teacher" else \
-        f"student, {steps}-step ({where})"
-    return Row(name or default, kind, tuple(paths), steps, n, config=configs[0])
+def config_of(path):
+    return parse_config(find_component(path, "unet"), UNet.Config)
 
 
 def default_rows(args, student, record):
     """The rows where --rows names none, the student last."""
-    rows = [parse_row(name, args) for name in ("real", "round-trip") if args.real]
+    rows = [Row(name, kind, n=1) for kind, name in REAL.items() if args.real]
     if args.teacher_steps:
-        teacher = unet_row(None, [args.model], args.teacher_steps, max(1, args.teacher_n),
-                           "teacher")
+        teacher = unet_row([args.model], args.teacher_steps, config_of, max(1, args.teacher_n),
+                           kind="teacher")
         if "teacher" in record and not args.teacher_n:  # only what is shown has to be drawn
             teacher.record, teacher.kind = record["teacher"], "recorded"
         rows.append(teacher)
@@ -194,8 +149,8 @@ def recorded(args, prompts, side):
         name = ("plain LCM, 2-step (recorded; "
                 "`python train.py --reward none --out runs/plain` remakes it)")
         found["plain"] = record["plain"] | {"name": name}
-    found = {key: results.modern(row) | {"kind": "recorded"} for key, row in found.items()}
-    for row in found.values():
+    for key, row in found.items():
+        found[key] = row = results.modern(row) | {"kind": "recorded", "win": None, "votes": None}
         if args.reward != Config.reward:  # by which the recorded pictures were not scored
             row["summary"].pop("reward", None)
             row["scores"].pop("reward", None)
@@ -274,38 +229,38 @@ def specs_of(args, task):
         found = {key: spec for key, spec in found.items()
                  if getattr(args, key) != getattr(Config, key)}
     found = {key: spec for key, spec in found.items() if spec != "none"}
-    others = args.rewards.split(",") if args.rewards else []
-    given = {spec.partition("=")[0] for spec in [*found.values(), *others]}
-    for spec in [*others, *(own for own in task.rewards if own not in given)]:
+    # a comma divides only where a known name follows: aesthetic takes two files
+    names = "|".join(map(re.escape, [*REWARDS, "clipscore"]))
+    others = re.split(rf",(?=(?:{names})(?:[:=*+]|$))", args.rewards) if args.rewards else []
+    if task.rewards and not any(own_reward(task, spec) for spec in [*found.values(), *others]):
+        others.append(task.rewards[0])
+    for spec in others:
         name = spec if "+" in spec else spec.partition("=")[0]
         require(name not in found, f"--rewards {spec}: {name} stands there twice")
         found[name] = spec
     return found
 
 
+def own_reward(task, spec):
+    """Is this the reward that the protocol scores with?"""
+    return spec.partition("=")[0] in task.rewards
+
+
 def load_features(args, task, rewards, device):
-    """-> function: images [B,3,H,W] in [0,1] -> features [B,D], or None"""
+    """-> function: images [B,3,H,W] in [0,1] -> features [B,D], or None; its spec"""
     spec = args.features
     if task.protocol and spec == Config.features:
         spec = task.features or "none"
     kind, _, file = spec.partition("=")
     if kind == "inception":
-        return protocols.inception(file, device)
+        return protocols.inception(file, device), spec
     if spec == "none":
-        return None
+        return None, spec
     network = rewards.get("judge") if spec == "judge" else load_reward(spec, device)
     features = getattr(network, "image_features", None)
     require(features or spec == "judge",
             f"--features {spec}: has no image features; expected a CLIP, such as clip:MODEL:TAG")
-    return features
-
-
-def own_column(task, specs):
-    """The column that the protocol sums up in its own way, or None."""
-    names = {"hpsv2", "hpsv2.1"}  # either version of the benchmark's reward
-    if task.summary is None:
-        return None
-    return next(key for key, spec in specs.items() if spec.partition("=")[0] in names)
+    return features, spec
 
 
 # --------------------------------------------------------------------------------------- pictures
@@ -336,7 +291,7 @@ def reader(args, row, path, task, model, size):
 def measured(args, row, task, scorers, model, size, own, rank, world):
     """-> a row of results.json"""
     parts = []
-    for path in row.paths or (None,):
+    for path in row.paths:
         read, n = reader(args, row, path, task, model, size)
         parts.append(scoring.Measured(read, n, scorers, args.batch, rank, world, row.name))
         del read  # and its network
@@ -349,11 +304,11 @@ def write_grid(args, found, task, rows, shown, model, size, file):
     """grid.png: the pictures of the prompts that are shown, a row a model."""
     lines = {"real": real_pictures(task, shown)} if task.real else {}
     for row, one in zip(rows, found):
-        if row.kind == "recorded" and row.config:  # the teacher, of which only these are drawn
+        if row.kind == "recorded" and row.configs:  # the teacher, of which only these are drawn
             teacher = replace(row, kind="teacher")
             read, _ = reader(args, teacher, row.paths[0], task, model, size)
             lines[f"teacher\n{row.steps} steps"] = read(0, shown)[0]
-        elif one["pictures"] and row.kind != "real" and (args.rows or row.config):
+        elif one["pictures"] and row.kind != "real" and (args.rows or row.configs):
             label = textwrap.fill(row.name, 24) if args.rows else f"{row.kind}\n{row.steps} steps"
             files = [file.parent / one["pictures"][i][0] for i in shown]
             lines[label] = scoring.pictures_of(files, task)
@@ -387,29 +342,27 @@ def check_row(row, args, task, model):
             f"--rows {row.kind}: these prompts have no real pictures; expected shards (--data)")
     if row.kind == "folder":
         protocols.find_drawn(row.paths[0], task)
-    if row.config is None:
-        return
-    student = row.kind == "student"
-    for path in row.paths:
-        model.check(SimpleNamespace(config=row.config), path, student)
-    if student:
-        lcm_timesteps(model.schedule, row.steps, row.config.lcm_grid or 50)
-    else:
-        require(row.steps < len(model.schedule), f"{row.name}: expected 1 to "
-                f"{len(model.schedule) - 1} DDIM steps")
+    for path, config in zip(row.paths, row.configs):
+        model.check(SimpleNamespace(config=config), path, row.kind == "student")
+        if row.kind == "student":
+            lcm_timesteps(model.schedule, row.steps, config.lcm_grid or 50)
+    require(row.kind != "teacher" or row.steps < len(model.schedule),
+            f"{row.name}: expected 1 to {len(model.schedule) - 1} DDIM steps")
 
 
 def prepare(args, model):
     """-> the rows, the task, (H, W) at which teachers draw, what args.n becomes"""
-    rows = [parse_row(text, args) for text in args.rows.split(",")] if args.rows else []
-    student = unet_row(None, [args.unet], args.steps, args.n, "student") if not rows else None
-    drawn = sorted((row for row in rows or [student] if row.config), key=lambda row: row.kind)
-    configs = [row.config for row in drawn]  # students first
-    side = configs[0].sample_size * model.vae.factor if configs else SIDE
+    own = {"teacher": args.model, "student": args.unet}
+    if args.rows:
+        rows = [parse_row(text, own, config_of, args.n) for text in args.rows.split(",")]
+    else:
+        rows = [unet_row([args.unet], args.steps, config_of, args.n, kind="student")]
+    configs = [row.configs[0] for row in rows if row.kind == "student"] or [config_of(args.model)]
+    side = configs[0].sample_size * model.vae.factor
     task = load_task(args, side)
     require(task.prompts, f"{task.source}: no prompts")
     if not args.rows:
-        rows = default_rows(args, student, recorded(args, task.prompts, side))
+        rows = default_rows(args, rows[0], recorded(args, task.prompts, side))
     names = [row.name for row in rows]
     require(len(set(names)) == len(names),
             f"--rows: two are called {max(names, key=names.count)!r}; write NAME=... before one")
@@ -430,10 +383,10 @@ def compare(args, device, dtype, rank=0, world=1):
     shown = numbers_to_show(args, len(task.prompts))
     specs = specs_of(args, task)
     rewards = {key: load_scorer(spec, device) for key, spec in specs.items()}
-    features = load_features(args, task, rewards, device)
+    features, name = load_features(args, task, rewards, device)
     scorers = Scorers(task, rewards, features, model.round_trip, device)
     scorers.look_at_real(args.batch, rank, world)
-    own = own_column(task, specs)
+    own = next((key for key, spec in specs.items() if own_reward(task, spec)), None)
     found = [row.record or measured(args, row, task, scorers, model, size, own, rank, world)
              for row in rows]
     document = {
@@ -441,7 +394,7 @@ def compare(args, device, dtype, rank=0, world=1):
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "protocol": task.name(), "source": task.source, "prompts": task.prompts,
-        "columns": results.columns_of(found, specs, args.reward), "rows": found}
+        "columns": results.columns_of(found, specs, args.reward, name), "rows": found}
     against = args.against
     if args.rows and against in args.rows.split(","):
         against = rows[args.rows.split(",").index(against)].name

@@ -31,26 +31,20 @@ CLIPSCORE, DEPICTS = "clip:ViT-g-14:laion2b_s12b_b42k", "A photo depicts "
 
 @dataclass
 class Task:
-    """What an evaluation is made on, and how.
-
-    real: numbers of prompts -> their real pictures, PIL; None: there are none. reference: files of
-    the pictures that distances are to; None: the real ones. n: pictures a prompt. seen: (PIL
-    picture, suffix of its file) -> the picture that scorers get. parts: {name of a folder: how
-    many prompts it holds}, where pictures lie by parts. rewards, features: what the protocol
-    scores with. summary: scores [N] by the protocol's reward -> {name: (mean, low, high, of
-    what)}. write: (folder, number of a prompt, its n pictures) writes what the benchmark's own
-    scorer reads."""
+    """What an evaluation is made on, and how."""
     source: str
     prompts: list
     protocol: str | None = None
-    real: Callable | None = None
-    reference: list | None = None
-    n: int = 4
-    seen: Callable | None = None
-    parts: dict = field(default_factory=dict)
-    rewards: tuple = ()
+    real: Callable | None = None  # numbers of prompts -> their real pictures, PIL
+    reference: list | None = None  # files of the pictures that distances are to; None: the real
+    n: int = 4  # pictures a prompt
+    seen: Callable | None = None  # (PIL, suffix of its file) -> the picture that scorers get
+    parts: dict = field(default_factory=dict)  # {folder of pictures: how many prompts it holds}
+    rewards: tuple = ()  # what the protocol scores with: the first, unless another is given
     features: str | None = None
+    # scores [N] by the protocol's reward -> {name: (mean, low, high, of what)}
     summary: Callable | None = None
+    # (folder, number of a prompt, its n pictures): writes what the benchmark's own scorer reads
     write: Callable | None = None
     full: int | None = None  # prompts of the whole protocol
 
@@ -223,7 +217,7 @@ def hpsv2(path, limit=None, reference=None):
 
     return Task(str(path), sum(styles.values(), []), "hpsv2", n=1, seen=as_jpeg, write=write,
                 parts={style: len(prompts) for style, prompts in styles.items()},
-                rewards=("hpsv2.1",), summary=summary, full=3200)
+                rewards=("hpsv2.1", "hpsv2"), summary=summary, full=3200)
 
 
 def as_jpeg(picture, suffix=""):

@@ -37,15 +37,19 @@ def column(key, title=None, better="higher", trained=False, per_picture=True):
             "per_picture": per_picture}
 
 
-def columns_of(rows, specs, reward):
+def columns_of(rows, specs, reward, features):
     """{key: column} of what any of the rows has, in the table's order. specs: {key: spec of a
-    reward}; reward: that of the one that training maximised."""
+    reward}; reward: that of the one that training maximised; features: those of distances."""
     keys, found = [*TITLES], {key for row in rows for key in row["summary"]}
     last = keys.index("diversity")
     parts = sorted(key for key in found if "/" in key)  # a protocol's
     keys = dict.fromkeys([*keys[:last], *specs, *parts, *keys[last:]])
-    title = "reward" if reward == "pocket" else f"reward {reward}"
-    return {key: column(key, title if key == "reward" else None, trained=key == "reward",
+    titles = {}
+    if reward != "pocket":
+        titles["reward"] = f"reward {reward}"
+    if features != "judge":
+        titles["frechet"] = f"Frechet, {features.partition('=')[0]}"
+    return {key: column(key, titles.get(key), trained=key == "reward",
                         per_picture="/" not in key) for key in keys if key in found}
 
 

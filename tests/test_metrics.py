@@ -28,6 +28,32 @@ def test_frechet_distance_and_recall_equal_torch_fidelity_on_the_same_features()
         assert shift > 2 or 0.05 < theirs["recall"] < 1
 
 
+def test_frechet_distance_of_gaussians_is_the_closed_form():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(50, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+
+    def white(x):  # mean 0, covariance 1
+        return (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T
+
+    shift, first, second = torch.arange(6.0), torch.linspace(1, 2, 6), torch.linspace(3, 0.5, 6)
+    expected = (shift.square() + (first - second).square()).sum().item()
+    x, y = white(a) * first, white(b) * second + shift
+    assert metrics.frechet_distance(x, y) == pytest.approx(expected, rel=1e-6)
+    turn = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64))[0]
+    assert metrics.frechet_distance(x @ turn, y @ turn) == pytest.approx(expected, rel=1e-6)
+    assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+
+
+def test_frechet_distance_holds_where_the_covariances_do_not_commute():
+    a = rand(40, 8, seed=1).double()
+    b = rand(60, 8, seed=2).double() @ rand(8, 8, seed=3).double() + 1
+    A, B = a.T.cov(), b.T.cov()
+    # of the product itself, which is not symmetric
+    root = torch.linalg.eigvals(A @ B).real.sqrt().sum()
+    expected = (a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * root
+    assert metrics.frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-8)
+
+
 def test_recall_falls_where_one_mode_is_missing_and_precision_does_not():
     left, right = rand(60, 4, seed=1), rand(60, 4, seed=2) + 50
     real, drawn = torch.cat([left, right]), rand(120, 4, seed=3)
