@@ -527,8 +527,8 @@ def train(run, networks, one_pass, optimizer, shards, shape, args, rank, world, 
     rows, device = args.batch_size * args.grad_accum, networks.model.device
     timesteps = DDIMSolver(networks.model.schedule, args.ddim_steps).timesteps.tolist()
     prompts = [caption for _, caption in shards.first(8)]
-    log = runs.Log(args, run.start, world * rows, rank, world, peak_step)
     watching = new_watch(args, networks.reward, run.start, device)
+    log = runs.Log(args, run.start, world * rows, rank, world, peak_step)
     stream = data.batches(
         shards, args.seed, run.start, args.steps, rows, rank, world, args.workers, log.broken)
     stopped = False
