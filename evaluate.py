@@ -48,6 +48,7 @@ from unet import UNet
 
 RESULTS = POCKET / "results.json"  # what build.py recorded: real pictures, teacher and plain LCM
 SIDE, LIMIT, N = 64, 256, 4  # of the pocket's pictures, and of those recorded
+PLAIN = "plain LCM, 2-step (recorded)"
 
 
 @dataclass
@@ -146,9 +147,7 @@ def recorded(args, prompts, side):
                 found["teacher"] = row | {"name": f"{row['name']} (recorded)"}
     if same("model", "data", "judge", "guidance", "steps") and args.n in (None, N) \
             and "plain" in record:
-        name = ("plain LCM, 2-step (recorded; "
-                "`python train.py --reward none --out runs/plain` remakes it)")
-        found["plain"] = record["plain"] | {"name": name}
+        found["plain"] = record["plain"] | {"name": PLAIN}
     for key, row in found.items():
         found[key] = row = results.modern(row) | {"kind": "recorded", "win": None, "votes": None}
         if args.reward != Config.reward:  # by which the recorded pictures were not scored
@@ -334,6 +333,13 @@ def check(args):
             f"--teacher-steps {args.teacher_steps}: expected 0 to 999")
     require(args.prompts is None or args.data == Config.data,
             "--prompts and --data: prompts without pictures or shards with them; give one")
+    require(args.prompts or args.reference is None,
+            "--reference is for --prompts; with --data the distances are to its own pictures")
+    alone = ("steps", "teacher_steps", "teacher_n", "real")
+    idle = [f"--{name.replace('_', '-')}" for name in alone
+            if args.rows and getattr(args, name) != getattr(Config, name)]
+    require(not idle, f"{', '.join(idle)} with --rows: the rows say that themselves, as in "
+            "teacher@50 student@2 real")
 
 
 def check_row(row, args, task, model):
@@ -351,7 +357,7 @@ def check_row(row, args, task, model):
 
 
 def prepare(args, model):
-    """-> the rows, the task, (H, W) at which teachers draw, what args.n becomes"""
+    """-> the rows, the task, (H, W) at which teachers draw, the options with n and against"""
     own = {"teacher": args.model, "student": args.unet}
     if args.rows:
         rows = [parse_row(text, own, config_of, args.n) for text in args.rows.split(",")]
@@ -368,7 +374,13 @@ def prepare(args, model):
             f"--rows: two are called {max(names, key=names.count)!r}; write NAME=... before one")
     for row in rows:
         check_row(row, args, task, model)
-    return rows, task, (side, side), args.n or task.n
+    texts = dict(zip((args.rows or "").split(","), names))  # a row may be named as in --rows
+    args = replace(args, n=args.n or task.n, against=texts.get(args.against, args.against))
+    voted = results.read_votes(args.votes)[0] if args.votes else ()
+    for name in (args.against, *voted):
+        require(name is None or name in names, f"no row is called {name!r}, which --against or "
+                f"--votes names; the rows are {', '.join(names)}")
+    return rows, task, (side, side), args
 
 
 @torch.no_grad()
@@ -378,8 +390,7 @@ def compare(args, device, dtype, rank=0, world=1):
     check(args)
     out = cli.make_folder(args.out)
     model = Pipeline.from_pretrained(args.model, device, dtype)
-    rows, task, size, n = prepare(args, model)
-    args = replace(args, n=n)
+    rows, task, size, args = prepare(args, model)
     shown = numbers_to_show(args, len(task.prompts))
     specs = specs_of(args, task)
     rewards = {key: load_scorer(spec, device) for key, spec in specs.items()}
@@ -395,10 +406,7 @@ def compare(args, device, dtype, rank=0, world=1):
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "protocol": task.name(), "source": task.source, "prompts": task.prompts,
         "columns": results.columns_of(found, specs, args.reward, name), "rows": found}
-    against = args.against
-    if args.rows and against in args.rows.split(","):
-        against = rows[args.rows.split(",").index(against)].name
-    results.add_wins(document, against, ("judge", own, *specs))
+    results.add_wins(document, args.against, ("judge", own, *specs))
     if args.votes:
         results.add_votes(document, args.votes)
     if rank == 0:
@@ -413,6 +421,8 @@ def finish(args, document, task, rows, shown, model, size, out):
     for other in document["rows"][:-1]:
         if "judge" in last["scores"] and "judge" in other["scores"]:
             print(results.difference_line(last, other))
+    if any(row["name"] == PLAIN for row in document["rows"]):
+        print("plain LCM: `python train.py --reward none --out runs/plain` remakes it")
     if judge_is_reward(args):
         print("the judge is part of the reward that was maximised: its scores say nothing")
     if task.name() != task.protocol:

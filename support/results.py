@@ -139,8 +139,6 @@ def add_wins(document, against, keys):
                     if row["kind"] == "teacher" or row["name"].startswith("teacher, ")]
         other = [*teachers, *rows.values()][0]
     else:
-        require(against in rows, f"--against {against}: no such row; expected one of "
-                f"{', '.join(rows)}")
         other = rows[against]
     key = next((key for key in keys if key in other["scores"]), None)
     for row in rows.values():
@@ -200,8 +198,6 @@ def add_votes(results, file):
     """The votes that the page saved -> the field "votes" of the two rows."""
     (a, b), groups = read_votes(file)
     rows = {row["name"]: row for row in results["rows"]}
-    for name in (a, b):
-        require(name in rows, f"{file}: votes on {name!r}; the rows are {', '.join(rows)}")
     mirrored = [[1 - share for share in group] for group in groups.values()]
     for name, other, shares in ((a, b, groups.values()), (b, a, mirrored)):
         found = metrics.win_rate(shares)

@@ -213,7 +213,7 @@ class Measured:
             self.features = torch.stack([torch.cat(one) for one in rounds])  # [n, N, D]
 
     def summary(self, scorers, own=None):
-        """-> {column: entry of results.json}. own: the column that the protocol sums up."""
+        """-> {column: entry of results.json}. own: the column that the protocol scores with."""
         found = {key: results.summary_of(key, scores) for key, scores in self.scores.items()}
         features, real = self.features, scorers.real
         if features is not None:
@@ -225,7 +225,7 @@ class Measured:
             if n > 1:
                 apart = metrics.diversity(features.transpose(0, 1))
                 found["diversity"] = results.entry(*metrics.interval(apart), "prompts")
-        if own:
+        if own and scorers.task.summary:
             parts = scorers.task.summary(self.scores[own][:, 0])
             found |= {f"{own}/{name}": results.entry(*part) for name, part in parts.items()}
         return {key: one for key, one in found.items() if one is not None}
@@ -237,7 +237,7 @@ def recall(drawn, real):
 
 def joined(parts, scorers, own, here):
     """Measured of one network, or of several training seeds -> what results.json says of them.
-    own: the column that the protocol sums up; here: the folder of results.json."""
+    own: the column that the protocol scores with; here: the folder of results.json."""
     summaries = [part.summary(scorers, own) for part in parts]
     summary = summaries[0]
     if len(parts) > 1:

@@ -208,6 +208,8 @@ def options(model_folder, shard):
         values = dict(model=model_folder, unet=model_folder / "student", data=shard, limit=8, n=2,
                       judge=model_folder / "reward", reward="jpeg", teacher_steps=3, batch=3,
                       device="cpu", precision="fp32", show="0,2", out=out) | changes
+        if "--rows" in more:
+            values["teacher_steps"] = None
         return [word for key, value in values.items() if value is not None
                 for word in (f"--{key.replace('_', '-')}", value)] + list(more)
     return make
@@ -418,6 +420,18 @@ def test_votes_add_peoples_win_rate_to_both_rows(judged, tmp_path):
     assert "wins by people" in said
 
 
+def test_votes_on_other_rows_are_refused_before_anything_is_drawn(
+        options, counted, tmp_path, capsys):
+    votes = {"version": 1, "a": "somebody", "b": "else", "votes": []}
+    for broken, words in ((votes, "'somebody'"), (votes | {"votes": [{"left": "c"}]}, "votes"),
+                          (votes | {"votes": [{"prompt": 0, "left": "c", "choice": "tie"}]},
+                           "expected left a or b")):
+        (tmp_path / "votes.json").write_text(json.dumps(broken))
+        assert call(evaluate.main, *options(tmp_path, votes=tmp_path / "votes.json")) == 2
+        assert words in capsys.readouterr().err.splitlines()[-1]
+    assert not counted
+
+
 def test_compare_says_what_moved_beyond_noise(judged, tmp_path, capsys):
     judged(tmp_path / "a")
     judged(tmp_path / "b", guidance=3.0)
@@ -465,7 +479,9 @@ def test_prompts_to_show_that_are_not_there_are_refused(numbers, options, tmp_pa
     (["--rows", "student@51"], "51 LCM steps"),
     (["--rows", "teacher@1000"], "DDIM steps"),
     (["--rows", "student@2", "student@2"], "two are called"),
-    (["--rows", "student@2", "--against", "nobody"], "--against nobody"),
+    (["--rows", "student@2", "--against", "nobody"], "'nobody'"),
+    (["--rows", "student@2", "--real", "--steps", "4"], "--steps, --real with --rows"),
+    (["--reference", "/no/where"], "--reference is for --prompts"),
     (["--judge", "/no/where"], "/no/where"),
     (["--rewards", "hpsv2.1=/no/file"], "/no/file: no such file"),
     (["--rewards", "hpsv3"], "hpsv3"),

@@ -200,6 +200,39 @@ def test_clipscore_puts_its_words_before_the_caption_as_the_published_code_joins
 
 # ------------------------------------------------------------------------ other prompts and layouts
 
+def test_coco2014_and_clipscore_run_on_pictures_of_256_pixels(
+        judged, model_folder, monkeypatch, tmp_path):
+    (tmp_path / "captions.txt").write_text("\n".join(f"caption {i}" for i in range(30_000)))
+    (tmp_path / "val2014").mkdir()
+    for i in range(6):
+        picture(i, (60, 40 + i)).save(tmp_path / f"val2014/COCO_val2014_{i}.jpg")
+    asked, features = [], lambda images: sizes.append(images.shape[2:]) or images.mean(dim=(2, 3))
+    sizes, load = [], evaluate.load_reward
+
+    def load_reward(spec, device):
+        asked.append(spec)
+        return load(f"pocket={model_folder / 'reward'}", device)
+
+    monkeypatch.setattr(evaluate, "load_reward", load_reward)
+    monkeypatch.setattr(protocols, "inception", lambda file, device: features)
+    common = {"prompts": tmp_path / "captions.txt", "limit": 5}
+    found, said = judged(tmp_path / "fid", "--rows", "student@1", "--n", 3,
+                         protocol="coco2014-30k-256", reference=tmp_path / "val2014", **common)
+    (row,) = found["rows"]
+    assert set(sizes) == {(256, 256)} and not asked
+    assert row["summary"]["frechet"]["of"] == "sets of seeds" and row["n"] == 3
+    assert found["protocol"] == "coco2014-30k-256, on 5 of its 30,000 prompts"
+    found, _ = judged(tmp_path / "clip", "--rows", "student@1", protocol="clipscore-g14", **common)
+    assert asked == [protocols.CLIPSCORE] and list(found["columns"]) == ["clipscore"]
+    # the mean over what a second writing gives
+    reward, scores = load(f"pocket={model_folder / 'reward'}", "cpu"), []
+    for prompt, (file,) in zip(found["prompts"], found["rows"][0]["pictures"]):
+        image = protocols.square_256(Image.open(tmp_path / "clip" / file).convert("RGB"))
+        scores.append(reward(TF.to_tensor(image)[None], ["A photo depicts " + prompt]).item())
+    assert found["rows"][0]["summary"]["clipscore"]["mean"] == pytest.approx(
+        np.mean(scores), abs=1e-4)
+
+
 def test_partiprompts_keeps_quotation_marks_and_wants_all_1632(tmp_path):
     file = tmp_path / "PartiPrompts.tsv"
     lines = ['"G I G G L E" painted\tIllustrations\tWriting & Symbols\t',
