@@ -132,12 +132,17 @@ def test_the_reward_that_is_asked_for_is_in_the_table_and_a_judge_as_reward_is_t
     assert mean(row, "reward") < 0 < mean(row, "judge") and "say nothing" not in said
 
 
-def test_recorded_rows_stand_only_beside_what_was_made_the_same_way(tmp_path, monkeypatch):
-    scores = {key: [[0.5] * 4] * 256 for key in ("reward", "judge")}
+def recorded_row(count):
+    """A row as build.py records it, of so many prompts."""
+    scores = {key: [[0.5] * 4] * count for key in ("reward", "judge")}
     summary = {key: results.entry(0.5, 0.4, 0.6, "prompts") for key in scores}
-    row = {"name": "teacher, 50-step DDIM", "kind": "teacher", "steps": 50, "calls": 100,
-           "seconds_per_image": 0.4, "n": 4, "seeds": [0, 1, 2, 3], "summary": summary,
-           "win": None, "votes": None, "scores": scores, "pictures": None}
+    return {"name": "teacher, 50-step DDIM", "kind": "teacher", "steps": 50, "calls": 100,
+            "seconds_per_image": 0.4, "n": 4, "seeds": [0, 1, 2, 3], "summary": summary,
+            "win": None, "votes": None, "scores": scores, "pictures": None}
+
+
+def test_recorded_rows_stand_only_beside_what_was_made_the_same_way(tmp_path, monkeypatch):
+    row = recorded_row(256)
     old = {"name": row["name"], "calls": 100, "seconds_per_image": None, "reward": 0.7,
            "reward_se": 0.01, "judge": 0.6, "judge_se": 0.02, "top1": 0.6, "scores": [0.6] * 256}
     monkeypatch.setattr(evaluate, "RESULTS", tmp_path / "results.json")
@@ -167,19 +172,22 @@ def test_the_teachers_row_comes_from_the_record_unless_it_is_asked_to_draw(tmp_p
         drawn.append((solver, len(prompts)))
         return torch.rand(len(prompts), 3, 64, 64)
 
+    record = {"plain": recorded_row(20) | {"name": "student"}, "shipped": [recorded_row(20)]}
+    (tmp_path / "results.json").write_text(json.dumps(record))
+    monkeypatch.setattr(evaluate, "RESULTS", tmp_path / "results.json")
+    monkeypatch.setattr(evaluate, "LIMIT", 20)
     monkeypatch.setattr(evaluate.Pipeline, "draw", draw)
-    for teacher_n, expected in ((0, [("lcm", 256), ("ddim", 2)]),
-                                (1, [("ddim", 256), ("lcm", 256)])):
+    for teacher_n, expected in ((0, [("lcm", 20), ("ddim", 2)]), (1, [("ddim", 20), ("lcm", 20)])):
         drawn = []
         out = tmp_path / str(teacher_n)
-        code = call(evaluate.main, "--n", 1, "--teacher-n", teacher_n, "--show", "3,250", "--out",
-                    out, "--device", "cpu", "--batch", 256)
+        code = call(evaluate.main, "--n", 1, "--teacher-n", teacher_n, "--show", "3,19", "--out",
+                    out, "--device", "cpu")
         assert code == 0 and drawn == expected
         names = [row["name"] for row in read(out)["rows"]]
         assert ("teacher, 50-step DDIM (recorded)" in names) == (teacher_n == 0)
         student = read(out)["rows"][-1]
-        assert student["win"]["against"] == names[0] and student["win"]["n"] == 256
-        assert len([file for file in out.rglob("*.png") if file.name != "grid.png"]) > 250
+        assert student["win"]["against"] == names[0] and student["win"]["n"] == 20
+        assert len(list(out.glob("pictures/*/*/*.png"))) == 22 + 18 * teacher_n
 
 
 def test_the_grid_shows_the_prompts_that_were_asked_for_under_their_names(tmp_path, monkeypatch):
