@@ -328,6 +328,23 @@ def test_identical_models_win_half_of_the_time_inside_the_interval(
     assert found["rows"][0]["win"] is None
 
 
+def test_a_win_is_of_pictures_of_the_same_seed_and_of_means_where_there_are_no_seeds():
+    def row(scores, seeds):
+        return {"name": "x", "scores": {"judge": scores}, "seeds": seeds}
+
+    one, other = row([[1.0, 5.0], [1.0, 5.0]], [0, 1]), row([[4.0, 0.0], [4.0, 0.0]], [1, 0])
+    assert results.win(one, other, "judge")["rate"] == 1.0  # 1 beside 0, 5 beside 4
+    two_seeds = row([[1.0, 5.0, -1.0, 3.0]] * 2, [0, 1, 0, 1])  # of two networks
+    assert results.win(two_seeds, other, "judge") == results.win(
+        row([[1.0, 5.0, -1.0, 3.0]] * 2, [0, 1, 2, 3]),
+        row([[0.0, 4.0, 0.0, 4.0]] * 2, [0, 1, 2, 3]), "judge")
+    assert results.win(two_seeds, two_seeds, "judge")["rate"] == 0.5
+    real = row([[2.5], [3.5]], None)
+    found = results.win(one, real, "judge")  # whose means are 3
+    assert found["rate"] == 0.5 and found["n"] == 2
+    assert results.win(one, row([[1.0]], [7]), "reward") is None
+
+
 def test_rows_of_every_kind_stand_in_one_table(judged, tmp_path, model_folder):
     folder = tmp_path / "elsewhere"
     folder.mkdir()

@@ -5,9 +5,12 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import CAPTIONS, ROOT, launch, lines_of, rand
+from pipeline import Pipeline
+from reward import load_reward
 from support import runs
 from support.watch import over_optimised
 from support.weights import WEIGHTS
+from unet import UNet
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +52,20 @@ def test_looking_leaves_the_run_as_it_was_bit_for_bit(fit, watching, tmp_path):
     assert not looks(tmp_path / "plain")
 
 
+def test_what_is_scored_are_the_averages_pictures_of_the_held_out_prompts(
+        fit, watching, model_folder, tmp_path):
+    assert fit(tmp_path, **watching) == 0
+    model = Pipeline.from_pretrained(model_folder, torch.device("cpu"), torch.float32)
+    found = looks(tmp_path)[4]
+    scores = {}
+    for name in ("unet_target", "unet"):
+        images = model.draw(UNet.from_pretrained(tmp_path / name), CAPTIONS[:5], range(5), 2, 3.0)
+        judge = load_reward(f"pocket={model_folder / 'reward'}")
+        scores[name] = judge(images, CAPTIONS[:5]).mean().item()
+    assert found["judge"] == pytest.approx(scores["unet_target"], abs=1e-6)
+    assert found["judge"] != pytest.approx(scores["unet"], abs=1e-6)
+
+
 def test_a_resumed_run_looks_as_an_uninterrupted_one(fit, watching, tmp_path):
     more = watching | {"lr_schedule": "constant"}
     assert fit(tmp_path / "whole", steps=6, **more) == 0
@@ -66,10 +83,13 @@ def test_a_resumed_run_looks_as_an_uninterrupted_one(fit, watching, tmp_path):
     assert both[0] == both[1]
 
 
-def test_two_processes_look_once(options, watching, tmp_path):
-    argv = options(tmp_path / "run", **watching)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_look_once(sharded, options, watching, tmp_path):
+    argv = options(tmp_path / "run", **watching, **({"shard": True} if sharded else {}))
     output = launch(argv, world=2).succeed()
     assert list(looks(tmp_path / "run")) == [2, 4] and "Traceback" not in output
+    for scores in looks(tmp_path / "run").values():
+        assert scores.keys() == {"reward", "judge"}
 
 
 def test_tensorboard_gets_what_the_log_gets(fit, watching, tmp_path, monkeypatch):
