@@ -85,35 +85,18 @@ def by_prompt(scores):
     return sums[counts > 0] / counts[counts > 0]
 
 
-def resampled(values):
-    """[N] -> means of N values drawn with replacement, [DRAWS]."""
+def interval(values, middle=np.mean):
+    """One value of each of N prompts -> their mean (or another middle) and the ends of its 95%
+    interval by bootstrap over prompts (Efron's percentiles), which are None for fewer than two.
+
+    Of the differences of two rows this is the paired bootstrap: both have the prompts drawn."""
     values, rng = np.asarray(values, dtype=np.float64), np.random.default_rng(0)
     count = len(values)
-    times = (rng.multinomial(count, np.full(count, 1 / count)) for _ in range(DRAWS))
-    return np.array([drawn @ values for drawn in times]) / count
-
-
-def interval(values):
-    """One value of each of N prompts -> their mean and the ends of its 95% interval by bootstrap
-    over prompts (Efron's percentiles), which are None for fewer than two.
-
-    Of the difference of two rows this is the paired bootstrap: the prompts that are drawn are
-    the same."""
-    values = np.asarray(values, dtype=np.float64)
-    if len(values) < 2:
-        return (float(values.mean()) if len(values) else None), None, None
-    low, high = np.percentile(resampled(values), [2.5, 97.5])
-    return float(values.mean()), float(low), float(high)
-
-
-def median_interval(values):
-    """The same of the median."""
-    values, rng = np.asarray(values, dtype=np.float64), np.random.default_rng(0)
-    if len(values) < 2:
-        return (float(values[0]) if len(values) else None), None, None
-    drawn = [np.median(values[rng.integers(len(values), size=len(values))]) for _ in range(DRAWS)]
+    if count < 2:
+        return (float(values[0]) if count else None), None, None
+    drawn = [middle(values[rng.integers(count, size=count)]) for _ in range(DRAWS)]
     low, high = np.percentile(drawn, [2.5, 97.5])
-    return float(np.median(values)), float(low), float(high)
+    return float(middle(values)), float(low), float(high)
 
 
 def spread(values):

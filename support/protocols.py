@@ -47,12 +47,17 @@ class Task:
     # (folder, number of a prompt, its n pictures): writes what the benchmark's own scorer reads
     write: Callable | None = None
     full: int | None = None  # prompts of the whole protocol
+    full_reference: int | None = None  # and real pictures
 
     def name(self):
         """The protocol's, which says when it was cut short."""
-        if self.full in (None, len(self.prompts)):
-            return self.protocol
-        return f"{self.protocol}, on {len(self.prompts):,} of its {self.full:,} prompts"
+        words = self.protocol
+        if self.full not in (None, len(self.prompts)):
+            words += f", on {len(self.prompts):,} of its {self.full:,} prompts"
+        if self.full_reference not in (None, len(self.reference or ())):
+            words += (f", against {len(self.reference):,} of its {self.full_reference:,} real "
+                      "pictures")
+        return words
 
 
 # ------------------------------------------------------------------------------------- prompt files
@@ -242,13 +247,20 @@ def coco2014(path, limit=None, reference=None):
     captions: DMD2's main/coco_eval/captions_coco14_test.txt fixes them, one a line (path); of
     COCO's captions_val2014.json our own choice is drawn (read_coco). reference: the folder
     val2014."""
+    require(reference, "--protocol coco2014-30k-256 needs --reference, COCO's folder val2014")
+    return captions_2014(path, limit, reference, protocol="coco2014-30k-256",
+                         features="inception", full_reference=40_504)
+
+
+def captions_2014(path, limit, reference, **more):
+    """-> Task of the 30,000 captions, whose pictures are seen as squares of 256."""
     full = 30_000
     if Path(path).suffix == ".json":
         pairs = read_coco(path, full)
         prompts, names = [caption for caption, _ in pairs], [name for _, name in pairs]
     else:
         prompts, names = read_lines(path), None
-    counted(prompts, full, path, "coco2014-30k-256")
+    counted(prompts, full, path, more["protocol"])
     files = pictures_in(reference) if reference else None
     real = None
     if files and names:
@@ -257,8 +269,8 @@ def coco2014(path, limit=None, reference=None):
         require(not missing, f"{reference}: no {(missing or [''])[0]}, which {path} names; "
                 "expected the folder val2014")
         real = lambda numbers: [open_picture(by_name[names[i]]) for i in numbers]
-    return Task(str(path), prompts[:limit], "coco2014-30k-256", real=real, reference=files,
-                n=1, seen=square_256, features="inception", full=full)
+    return Task(str(path), prompts[:limit], real=real, reference=files, n=1, seen=square_256,
+                full=full, **more)
 
 
 def square_256(picture, suffix=""):
@@ -276,9 +288,8 @@ def clipscore_g14(path, limit=None, reference=None):
     in coco2014-30k-256, of the same 30,000 captions. No factor of 2.5.
 
     mingukkang/GigaGAN at b2d3716, evaluation/evaluation.py (compute_clip_score)."""
-    task = coco2014(path, limit, reference)
-    task.protocol, task.features, task.rewards = "clipscore-g14", None, ("clipscore",)
-    return task
+    return captions_2014(path, limit, reference, protocol="clipscore-g14",
+                         rewards=("clipscore",))
 
 
 def partiprompts(path, limit=None, reference=None):

@@ -57,13 +57,16 @@ def entry(mean, low=None, high=None, of=None):
     return {"mean": mean, "low": low, "high": high, "of": of if low is not None else None}
 
 
+def middle_of(key):
+    return np.median if key in MEDIANS else np.mean
+
+
 def summary_of(key, scores):
     """Scores [N][n] of a column -> its entry in the summary; None: there is no score."""
     values = metrics.by_prompt(scores)
     if not len(values):
         return None
-    middle = metrics.median_interval if key in MEDIANS else metrics.interval
-    return entry(*middle(values), "prompts")
+    return entry(*metrics.interval(values, middle_of(key)), "prompts")
 
 
 # ---------------------------------------------------------------------------------------- the file
@@ -172,8 +175,8 @@ def difference(row, other, key="judge"):
     """The mean of row minus other, paired by prompts, and its 95% interval."""
     ours, theirs = scores_of(row, key), scores_of(other, key)
     both = ~(np.isnan(ours).all(axis=1) | np.isnan(theirs).all(axis=1))
-    middle = metrics.median_interval if key in MEDIANS else metrics.interval
-    return middle(metrics.by_prompt(ours[both]) - metrics.by_prompt(theirs[both]))
+    apart = metrics.by_prompt(ours[both]) - metrics.by_prompt(theirs[both])
+    return metrics.interval(apart, middle_of(key))
 
 
 def read_votes(file):

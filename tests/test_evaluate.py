@@ -1,6 +1,9 @@
+import importlib.util
 import json
 import re
 import shutil
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ import torch
 from PIL import Image
 
 import evaluate
+import support
 from conftest import CAPTIONS, ROOT, call, launch, random_png
 from data import Shards
 from support import results
@@ -489,6 +493,27 @@ def test_results_before_version_2_are_still_read(tmp_path):
     assert len(results.compared(tmp_path / "results.json", tmp_path / "results.json")) > 2
 
 
+def test_the_report_is_written_of_the_results_and_is_told_where_it_cannot_be(
+        judged, tmp_path, monkeypatch):
+    written = []
+
+    def write(document, folder):
+        written.append((document, folder))
+        if len(written) > 1:
+            raise evaluate.InputError("needs a package")
+
+    stub = types.SimpleNamespace(write=write)
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec",
+                        lambda name, *more: name == "support.report" or real(name, *more))
+    monkeypatch.setattr(support, "report", stub, raising=False)
+    monkeypatch.setitem(sys.modules, "support.report", stub)
+    found, _ = judged(tmp_path, teacher_steps=0)
+    assert written == [(found, tmp_path)]
+    _, said = judged(tmp_path, teacher_steps=0)
+    assert "no report: needs a package" in said
+
+
 # ----------------------------------------------------------------------------------------- refusals
 
 @pytest.mark.parametrize("numbers", ["1,x", "", "0,8", "-1"])
@@ -514,6 +539,7 @@ def test_prompts_to_show_that_are_not_there_are_refused(numbers, options, tmp_pa
     (["--features", "inception=/no/file"], "/no/file"),
     (["--features", "jpeg"], "--features jpeg"),
     (["--protocol", "hpsv2"], "needs --prompts"),
+    (["--protocol", "coco2014-30k-256", "--prompts", "a.txt"], "give one"),
     (["--compare", "/no/file", "/no/file"], "/no/file"),
     (["--compare", "/no/file"], "two results.json"),
     (["--votes", "/no/file"], "/no/file"),

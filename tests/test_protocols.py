@@ -171,7 +171,8 @@ def test_coco2014_is_30000_captions_against_all_real_pictures(tmp_path):
         (folder / f"COCO_val2014_{i:012d}.jpg").touch()
     task = PROTOCOLS["coco2014-30k-256"](tmp_path / "captions.json", 100, folder)
     assert len(task.prompts) == 100 and len(task.reference) == 30_010 and task.n == 1
-    assert task.name() == "coco2014-30k-256, on 100 of its 30,000 prompts"
+    assert task.name() == ("coco2014-30k-256, on 100 of its 30,000 prompts, against 30,010 of its "
+                           "40,504 real pictures")
     number = int(task.prompts[3].split(",")[0])
     (folder / f"COCO_val2014_{number:012d}.jpg").write_bytes(random_png(5))
     (found,) = task.real([3])
@@ -221,7 +222,7 @@ def test_coco2014_and_clipscore_run_on_pictures_of_256_pixels(
     (row,) = found["rows"]
     assert set(sizes) == {(256, 256)} and not asked
     assert row["summary"]["frechet"]["of"] == "sets of seeds" and row["n"] == 3
-    assert found["protocol"] == "coco2014-30k-256, on 5 of its 30,000 prompts"
+    assert found["protocol"].startswith("coco2014-30k-256, on 5 of its 30,000 prompts")
     found, _ = judged(tmp_path / "clip", "--rows", "student@1", protocol="clipscore-g14", **common)
     assert asked == [protocols.CLIPSCORE] and list(found["columns"]) == ["clipscore"]
     # the mean over what a second writing gives
@@ -301,8 +302,9 @@ def test_prompts_are_read_from_every_kind_of_file(tmp_path):
     ("geneval", "a.jsonl", '{"text": "x"}\n', "one object with"),
     ("geneval", "a.jsonl", "{", "not readable as JSON"),
     ("dpg-bench", "folder", None, "no prompts there"),
-    ("coco2014-30k-256", "a.txt", "x\n", "1 prompts; coco2014-30k-256 has 30,000"),
-    ("coco2014-30k-256", "a.json", '{"images": []}', "COCO's images and annotations"),
+    ("clipscore-g14", "a.txt", "x\n", "1 prompts; clipscore-g14 has 30,000"),
+    ("clipscore-g14", "a.json", '{"images": []}', "COCO's images and annotations"),
+    ("coco2014-30k-256", "a.txt", "x\n", "needs --reference"),
     (None, "a.txt", "\n", "one prompt a line"),
     (None, "a.json", "[1]", "a JSON list of prompts"),
     (None, "a.png", "", "expected prompts as .txt"),
@@ -317,7 +319,7 @@ def test_wrong_prompt_files_are_one_line(
                 "--prompts", tmp_path / name, "--device", "cpu", "--out", tmp_path / "out",
                 *more) == 2
     (message,) = capsys.readouterr().err.splitlines()
-    assert words in message and str(tmp_path / name) in message
+    assert words in message and (str(tmp_path / name) in message or "--reference" in words)
 
 
 # -------------------------------------------------------------------------------------- Inception
