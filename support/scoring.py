@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 from support import metrics, results
+from support.cli import require
 from support.drawn import in_threads, read
 from support.pictures import save_png, to_pil, to_tensor
 from support.processes import gather
@@ -26,7 +27,8 @@ def divided(jobs, work, rank, world, title):
     """[work(job)] in order, on every process. Each does its share; the first shows how far it
     is."""
     mine = range(rank, len(jobs), world)
-    done = [(i, work(jobs[i])) for i in tqdm(mine, desc=title, disable=rank > 0, leave=False)]
+    with tqdm(mine, desc=title, disable=rank > 0, leave=False) as bar:  # gone before an error
+        done = [(i, work(jobs[i])) for i in bar]
     return [found for _, found in sorted(sum(gather(done, world), []), key=lambda part: part[0])]
 
 
@@ -155,7 +157,10 @@ class Scorers:
             if features is not None:
                 looked.append(features.float().cpu())
             for key, scores in self.score(images, part, features).items():
-                found[key].append(torch.as_tensor(scores).double().cpu().numpy())
+                scores = torch.as_tensor(scores).double().cpu()
+                require(key not in self.rewards or scores.isfinite().all(),
+                        f"{key}: gave NaN or infinity; expected finite scores")
+                found[key].append(scores.numpy())
         return ({key: np.concatenate(parts) for key, parts in found.items()},
                 torch.cat(looked) if looked else None)
 
@@ -181,7 +186,9 @@ class Scorers:
         real = [to_tensor(picture) for picture in real_pictures(self.task, numbers)]
         if real[0].shape != images[0].shape:
             return dict.fromkeys(("high_frequency", "roughness"), [float("nan")] * len(numbers))
-        ratio = metrics.high_frequency(images) / self.energy[numbers]
+        energy = self.energy[numbers]
+        energy = energy.where(energy > 0, float("nan"))  # a blank real picture has none
+        ratio = metrics.high_frequency(images) / energy
         rough = [metrics.roughness(image[None], one[None]) for image, one in zip(images, real)]
         return {"high_frequency": ratio, "roughness": rough}
 
@@ -241,8 +248,9 @@ def joined(parts, scorers, own, here):
     summaries = [part.summary(scorers, own) for part in parts]
     summary = summaries[0]
     if len(parts) > 1:
+        shared = [key for key in summary if all(key in one for one in summaries)]
         summary = {key: results.entry(*metrics.spread([one[key]["mean"] for one in summaries]),
-                                      "training seeds") for key in summary}
+                                      "training seeds") for key in shared}
     scores = {}
     for key in parts[0].scores:
         values = np.concatenate([part.scores[key] for part in parts], axis=1)  # [N, all n]

@@ -586,6 +586,13 @@ def test_a_student_whose_pictures_are_no_numbers_is_refused(
     assert not list(tmp_path.glob("pictures/*/*/*.png"))
 
 
+def test_a_score_that_is_no_number_is_refused(options, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_scorer", lambda spec, device: (
+        lambda images, prompts: torch.full((len(prompts),), float("nan"))))
+    assert call(evaluate.main, *options(tmp_path, teacher_steps=0)) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: reward: gave NaN")
+
+
 def test_a_broken_picture_of_the_store_is_named(judged, options, tmp_path, capsys):
     judged(tmp_path, teacher_steps=0)
     file = next(tmp_path.glob("pictures/*/*/*.png"))
