@@ -307,20 +307,32 @@ def compared(first, second):
             if was and now:
                 cells = [number(key, was["mean"]), number(key, now["mean"])]
                 lines.append(f"| {name} | {one['title']} | " + " | ".join(
-                    [*cells, *moved(row, other, key, one, now["mean"] - was["mean"])]) + " |")
+                    [*cells, *moved(row, other, key, one)]) + " |")
     return lines
 
 
-def moved(row, other, key, one, change):
-    """-> the difference, its interval and a word on it."""
-    paired = key in row["scores"] and key in other["scores"]
-    if not paired or len(row["scores"][key]) != len(other["scores"][key]):
-        return f"{change:+.4f}", "", "not known: no scores of single pictures"
-    mean, low, high = difference(other, row, key)
+def moved(row, other, key, one):
+    """-> the difference of a column from row to other, its interval, and a word on it."""
+    was, now = row["summary"][key], other["summary"][key]
+    change, spreads = now["mean"] - was["mean"], {was["of"], now["of"]}
+    pictures = [len(part["scores"].get(key, ())) for part in (row, other)]
+    if "training seeds" not in spreads and pictures[0] == pictures[1] > 0:
+        (change, low, high), how = difference(other, row, key), ""
+    elif None in spreads:
+        return f"{change:+.4f}", "", "not known"
+    else:  # of sets of pictures, or beyond the spread of training seeds
+        half = float(np.hypot(margin(was), margin(now)))
+        low, high, how = change - half, change + half, " (unpaired)"
     if low is None:
-        return f"{mean:+.4f}", "n = 1", "not known"
-    if low <= 0 <= high:
-        return f"{mean:+.4f}", f"{low:+.4f} to {high:+.4f}", "no"
-    word = {"higher": "better", "lower": "worse", None: "up"}[one["better"]] if mean > 0 else \
-        {"higher": "worse", "lower": "better", None: "down"}[one["better"]]
-    return f"{mean:+.4f}", f"{low:+.4f} to {high:+.4f}", word
+        return f"{change:+.4f}", "n = 1", "not known"
+    word = "no"
+    if not low <= 0 <= high:
+        good = {"higher": change > 0, "lower": change < 0}.get(one["better"])
+        word = {True: "better", False: "worse", None: "up" if change > 0 else "down"}[good]
+    return f"{change:+.4f}", f"{low:+.4f} to {high:+.4f}{how}", word
+
+
+def margin(entry):
+    """Half of the 95% interval."""
+    half = (entry["high"] - entry["low"]) / 2
+    return half if entry["of"] == "prompts" else metrics.Z * half

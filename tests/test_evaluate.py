@@ -481,6 +481,25 @@ def test_compare_says_what_moved_beyond_noise(judged, tmp_path, capsys):
     assert "+0.5000 to +0.5000" in moved
 
 
+def test_what_has_no_scores_of_pictures_moves_beyond_the_spread_of_both():
+    def row(mean, deviation, of="sets of seeds", scores=()):
+        entry = results.entry(mean, mean - deviation, mean + deviation, of)
+        return {"summary": {"frechet": entry}, "scores": {"frechet": scores} if scores else {}}
+
+    frechet, words = results.column("frechet"), {}
+    for now in (0.7, 0.9, 1.3):
+        change, interval, words[now] = results.moved(
+            row(1.0, 0.1), row(now, 0.05), "frechet", frechet)
+        assert float(change) == pytest.approx(now - 1)
+    assert words == {0.7: "better", 0.9: "no", 1.3: "worse"}  # +-1.96 sqrt(0.1^2 + 0.05^2) = 0.219
+    assert "(unpaired)" in interval
+    # training seeds are not paired by prompts, whatever the pictures say
+    seeds = [row(mean, 0.1, "training seeds", [[mean]] * 9) for mean in (1.0, 0.9)]
+    assert results.moved(*seeds, "frechet", frechet)[2] == "no"
+    alone = {"summary": {"frechet": results.entry(1.0)}, "scores": {}}
+    assert results.moved(alone, row(0.5, 0.1), "frechet", frechet)[2] == "not known"
+
+
 def test_results_before_version_2_are_still_read(tmp_path):
     old = [{"name": "real pictures", "calls": None, "seconds_per_image": None, "reward": 0.6,
             "reward_se": 0.02, "judge": 0.5, "judge_se": 0.03, "top1": 0.6, "frechet": 0.1,
