@@ -6,12 +6,11 @@ from dataclasses import dataclass
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
 
 from lcm_solver import NoiseSchedule, ScheduleConfig, draw_noise, sample_ddim, sample_lcm
 from support.cli import autocast, require
 from support.kernels import prepare_for_inference
-from support.weights import whole_file
+from support.pictures import save_png as save_png, to_pil
 from text_encoder import TextEncoder
 from unet import UNet
 from vae import VAE
@@ -105,11 +104,6 @@ class Pipeline:
         return torch.cat(decoded)
 
 
-def to_pil(image):
-    """[3,H,W] in [0,1] -> PIL image."""
-    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).cpu().numpy())
-
-
 def grid(images, columns):
     """[N,3,H,W] in [0,1] -> one PIL image of the pictures in rows of `columns`, on white."""
     n, _, h, w = images.shape
@@ -141,12 +135,3 @@ def labelled_grid(images, row_names, captions, scale=1):
         draw.multiline_text((left - 8, top + (i + 0.5) * h), name, "black", font, anchor="rm",
                             align="right")
     return sheet
-
-
-def save_png(image, file, **text):
-    """Write a PIL image to the Path `file`, with `text` in its metadata. The file appears whole."""
-    info = PngInfo()
-    for key, value in text.items():
-        info.add_itxt(key, str(value))
-    with whole_file(file) as new:
-        image.save(new, "PNG", pnginfo=info)

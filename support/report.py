@@ -21,6 +21,7 @@ TEMPLATE = Path(__file__).with_suffix(".html")
 INK, QUIET, LINE, ACCENT = "#0a0001", "#0a0002", "#0a0003", "#0a0004"
 COLOURS = {INK: "--ink", QUIET: "--quiet", LINE: "--line", ACCENT: "--accent"}
 RATES = {"votes": "preferred by people", "win": "win rate"}
+INTERVALS = "prompts", "pairs"  # over other things the summary holds a standard deviation
 MARKERS = {"student": "o", "teacher": "s", "real": "D", "round-trip": "d"}
 # where a label may stand about its point, best first
 PLACES = [(7, 0), (-7, 0), (0, 7), (0, -7), (6, 6), (-6, 6), (6, -6), (-6, -6), (0, 17), (0, -17)]
@@ -45,7 +46,7 @@ def score(row, key):
     if value["low"] is None:  # a spread over prompts or seeds needs two of them
         return value["mean"], form(value["mean"]), "n = 1" if value["of"] else ""
     interval = f"{form(value['low'])} to {form(value['high'])}"
-    return value["mean"], form(value["mean"]), interval + "*" * (value["of"] == "training seeds")
+    return value["mean"], form(value["mean"]), interval + "*" * (value["of"] not in INTERVALS)
 
 
 def opponents(results, rows, key):
@@ -88,7 +89,8 @@ def table(results):
 
 def legend(results):
     of = {value["of"] for row in results["rows"] for value in row["summary"].values() if value}
-    seeds = "; * over training seeds" if "training seeds" in of else ""
+    others = ", ".join(sorted(of - {None, *INTERVALS}))
+    seeds = f"; * mean minus and plus standard deviation over {others}" if others else ""
     against = {title: opponents(results, results["rows"], key) for key, title in RATES.items()}
     rates = [f"{capital(title)}: {words}." for title, words in against.items() if words]
     ties = ["Ties count half, the intervals of rates are Wilson's."] if rates else []

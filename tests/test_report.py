@@ -107,7 +107,8 @@ def test_the_markdown_table_equals_the_numbers(tmp_path):
         "", "", "0.000 (-0.020 to 0.020)", "0.662 (0.642 to 0.682*)", "0.649 (0.629 to 0.669)", "",
         "", "", "1"]
     assert rows["<b>mine</b>, 4-step"][4] == "0.707 (n = 1)"
-    assert "over prompts; \\* over training seeds" in markdown
+    spread = "mean minus and plus standard deviation over training seeds"
+    assert f"over prompts; \\* {spread}" in markdown
     assert "Win rate: against teacher, 50-step, by judge" in markdown
     assert "- Command: python evaluate.py --real" in markdown
 
