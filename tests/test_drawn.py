@@ -73,6 +73,7 @@ def test_the_key_hangs_on_weights_settings_and_sources_and_on_nothing_else(
     other = torch.nn.Linear(3, 2)
     assert fingerprint((other,), {"steps": 2, "w": 3.0}) != first
     same = fingerprint((other,), {})
+    (tmp_path / "support").mkdir()
     for name in drawn.SOURCES:
         (tmp_path / name).write_bytes((drawn.ROOT / name).read_bytes())
     monkeypatch.setattr(drawn, "ROOT", tmp_path)
