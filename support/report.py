@@ -269,7 +269,7 @@ def webp(file):
                          f"({first_line(error)}); draw it again or copy the folder whole") from None
     small, data = max(picture.size) <= 128, io.BytesIO()
     picture.thumbnail((256, 256), Image.Resampling.LANCZOS)
-    picture.save(data, "WEBP", lossless=small, quality=100 if small else 80, method=6)
+    picture.save(data, "WEBP", lossless=small, quality=100 if small else 80, method=4)
     return base64.b64encode(data.getvalue()).decode()
 
 
