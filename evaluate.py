@@ -404,7 +404,9 @@ def compare(args, device, dtype, rank=0, world=1):
         "version": results.VERSION, "command": shlex.join(sys.argv),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "protocol": task.name(), "source": task.source, "prompts": task.prompts,
+        # of a file of the project without its place on this machine: reports are published
+        "protocol": task.name(), "source": task.source.removeprefix(f"{POCKET.parent}/"),
+        "prompts": task.prompts,
         "columns": results.columns_of(found, specs, args.reward, name), "rows": found}
     results.add_wins(document, args.against, ("judge", own, *specs))
     if args.votes:
