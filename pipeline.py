@@ -36,18 +36,20 @@ class Pipeline:
 
     def check(self, unet, where, student):
         """-> the UNet, or InputError unless it belongs to this model and is a student (one with a
-        guidance embedding) if `student`, else a teacher. where: names the UNet in messages."""
+        guidance embedding, or that was distilled without) if `student`, else a teacher. where:
+        names the UNet in messages."""
         config, latents = unet.config, self.vae.config.latent_channels
         require(config.in_channels == config.out_channels == latents,
                 f"{where}: a UNet from {config.in_channels} to {config.out_channels} channels, "
                 f"but the VAE's latents have {latents}; "
                 "inpainting, depth and upscaling models do not work here")
+        distilled = config.time_cond_proj_dim or config.lcm_grid
         if student:
-            require(config.time_cond_proj_dim,
+            require(distilled,
                     f"{where}: a teacher (no guidance embedding); "
                     "expected a student (teachers: sample.py --solver ddim)")
         else:
-            require(not config.time_cond_proj_dim,
+            require(not distilled,
                     f"{where}: a student; expected a teacher (students: sample.py --solver lcm)")
         require(config.cross_attention_dim == self.text_encoder.dim,
                 f"{where}: the UNet's config says cross_attention_dim "
