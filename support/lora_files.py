@@ -12,6 +12,7 @@ loaders/lora_conversion_utils.py; with them the file of lcm-lora-sdv1-5 has 134,
 published.
 """
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from support import single_file
+from support.cli import require
 from support.weights import LORA as NAME, InputError, Tensors, local, whole_file
 
 # fields of the student's UNetConfig that our files keep in their metadata
@@ -41,6 +43,22 @@ class Found:
     facts: dict
 
 
+def scales_of(files, texts):
+    """LoRA files and the words of --lora-scale -> as many scales as files."""
+    given, texts = bool(texts), list(texts) or ["1"]
+    try:
+        scales = [float(text) for text in texts]
+    except ValueError:
+        scales = [math.nan]
+    require(all(map(math.isfinite, scales)),
+            f"--lora-scale {' '.join(texts)}: expected a number, such as 0.5")
+    require(files or not given, "--lora-scale: of a LoRA, and there is none; give one too")
+    require(len(scales) in (1, len(files)),
+            f"--lora-scale: {len(scales)} of them for {len(files)} LoRAs; expected one, or one "
+            f"for each")
+    return scales * len(files) if len(scales) == 1 else scales
+
+
 def find(path):
     """-> the file of `path`: itself, the one in a folder, or of a hub id."""
     path = local(path, "lora")
@@ -51,9 +69,14 @@ def find(path):
     return file
 
 
-def facts(path):
-    """-> {field of FACTS: value or None} of a file: what it tells about the student."""
-    return facts_of(Tensors([find(path)]))
+def facts(paths):
+    """What files tell about the student; of what several tell, the last one's word counts.
+    -> {field of FACTS: value}, which only time_cond_proj_dim, here maybe None, is always among."""
+    found = {"time_cond_proj_dim": None}
+    for path in paths:
+        told = facts_of(Tensors([find(path)]))
+        found |= {key: value for key, value in told.items() if value is not None}
+    return found
 
 
 def facts_of(tensors):

@@ -223,6 +223,8 @@ def find_in_file(file, name):
     config = dict(single_file.CONFIGS[kind][name])
     if name == "unet" and kind == "sd2" and predicts(file, tensors) == "v_prediction":
         config |= single_file.V_PREDICTION
+    if name == "unet" and tensors.metadata.get(single_file.GRID, "").isdigit():
+        config["lcm_grid"] = int(tensors.metadata[single_file.GRID])
     # passed over: what belongs to the other components, and what of this one is not used
     prefix, unused = re.escape(single_file.PREFIX[name]), single_file.IGNORED[name]
     return Component(
