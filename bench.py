@@ -3,6 +3,7 @@ beside diffusers if asked.
 
     python bench.py                                       # the pocket
     python bench.py --size sd21 --rows unet,vae_decode    # some of the rows
+    python bench.py --size sd21 --rows memory             # what training takes, by card
     # the first thing to run on a new GPU
     python bench.py --size sd21 --device cuda --compile --against diffusers
 
@@ -18,6 +19,9 @@ beside diffusers if asked.
     reward_student   the student's part of that: the price of one more rewarded row that the expert
                      does not compare
     optimizer        gradient clipping, AdamW and EMA
+    memory           not timed, and alone: GB of a training step, of full and of LoRA students, and
+                     the smallest card that holds it (support/memory.py counts); on a GPU measured
+                     too
 
 Every row is timed --repeats times after --warmup calls; the first call, which compiles, is apart.
 diffusers does the same work on the same weights, its calls between ours: channels_last,
@@ -25,6 +29,8 @@ scaled_dot_product_attention, the same precision, compiled if ours is. The ratio
 ours: above 1 we are faster. The last line is one JSON document.
 """
 import dataclasses
+import gc
+import itertools
 import json
 import platform
 import statistics
@@ -39,9 +45,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 import latent_rm as proxy
 import train
 from lcm_solver import DDIMSolver, NoiseSchedule, guidance_embedding
+from lora import LoRA, sharing
 from pipeline import Pipeline
 from reward import ClipReward, load_reward, recompute_activations
-from support import cli, single_file
+from support import cli, memory, optimizers, single_file
 from support.cli import POCKET, at_least, option, parse, require, run
 from support.weights import InputError, load_tokenizer
 from text_encoder import TextEncoder
@@ -58,8 +65,10 @@ class Config:
     size: str = option(
         "pocket", "pocket, or sd21 with random weights", choices=("pocket", "sd21"),
         group="what to time")
-    rows: str = option("all", f"some of {','.join(ROWS)}")
+    rows: str = option("all", f"some of {','.join(ROWS)}, or memory")
     batch: int = option(1, "pictures at a time")
+    resolution: int | None = option(None, "memory: side of the pictures (default: the model's)")
+    lora: int = option(64, "memory: rank of the LoRA")
     against: str | None = option(
         None, "time the same work through another library, between our calls",
         choices=("diffusers",))
@@ -333,6 +342,130 @@ def count_tflop(call):
     return counter.get_total_flops() / 1e12
 
 
+# ----------------------------------------------------------------------------------------- memory
+
+PATHS = {"none": "none", "direct": "direct", "latent": "proxy"}  # what gives the reward
+# batches, without and with recomputed activations
+PASSES = [(batch, again) for again in (False, True) for batch in (1, 4, 16)]
+
+
+def training_networks(args, rank, path, device, dtype):
+    """train.Networks of a run with random weights on `device`, meta too. rank: of a LoRA student,
+    or None for a full one; path: of the reward, "none", "direct" or "latent"."""
+    model, unet = load(args, torch.device("cpu") if device.type == "meta" else device, dtype) \
+        if args.size == "pocket" else random_model(device, dtype)
+    side = args.resolution // model.vae.factor
+    with device:
+        plain = dataclasses.replace(unet.config, time_cond_proj_dim=None, sample_size=side)
+        teacher = UNet(plain).to(dtype).requires_grad_(False)
+        if rank is None:
+            student, target = (UNet(dataclasses.replace(plain, time_cond_proj_dim=train.W_DIM))
+                               for _ in range(2))
+            target.requires_grad_(False)
+        else:
+            student, target = (sharing(teacher, time_cond_proj_dim=train.W_DIM) for _ in range(2))
+            for network in (student, target):
+                LoRA.new(network, rank).attach(network)
+            target.lora.requires_grad_(False)
+    reward = latent_rm = None
+    if path != "none":
+        reward, latent_rm = rewards(args.size, device, dtype, side)
+    for module in (model.vae, model.text_encoder.model, reward):
+        if module is not None:
+            module.to(device)
+    latent_rm = latent_rm if path == "latent" else None
+    return train.Networks(model, teacher, reward, student.train(), target, latent_rm)
+
+
+def one_pass(networks, args, batch, grad_checkpoint):
+    """-> a function: forward and backward of so many pictures, all of which are rewarded."""
+    if grad_checkpoint and networks.reward is not None:
+        recompute_activations(networks.reward)
+    networks.student.checkpointing = grad_checkpoint
+    settings = train.Config(reward_batch=batch, rm_batch=batch, grad_checkpoint=grad_checkpoint)
+    device, side = networks.model.device, args.resolution // networks.model.vae.factor
+    step = train.Pass(networks, DDIMSolver(networks.model.schedule, 50), settings)
+    noise, uniform = torch.zeros(batch, 4, side, side, device=device), torch.zeros(batch)
+    draws = noise, noise, uniform.to(device), uniform.to(device)
+    images = torch.zeros(batch, 3, args.resolution, args.resolution, device=device)
+    return lambda: step((images, [PROMPT] * batch, draws))[0].backward()
+
+
+def count_of(networks, args, passes):
+    """passes: pairs of batch and grad_checkpoint, those without recomputing first.
+    networks: on the meta device. -> {pair: {part: GB}}"""
+    n, found = networks, {}
+    with memory.fake_card():
+        frozen = [n.teacher, n.model.vae, n.model.text_encoder.model, n.reward, n.student, n.target]
+        memory.faked(*frozen, n.latent_rm)
+        n.model = dataclasses.replace(
+            n.model, device=torch.device("cpu"), schedule=NoiseSchedule())
+        if n.reward is not None:  # else it looks whether the numbers are in [0, 1]
+            n.reward.forward = lambda images, prompts: n.reward.score(
+                images, n.reward.encode(prompts))
+        trained, target, *_ = n.trained().values()
+        for batch, grad_checkpoint in passes:
+            call = one_pass(n, args, batch, grad_checkpoint)
+            found[batch, grad_checkpoint] = memory.count(
+                [trained, n.latent_rm], [target], frozen, call)
+            for module in (trained, n.latent_rm):
+                if module is not None:
+                    module.zero_grad(set_to_none=True)
+    return found
+
+
+def measure_memory(args, rank, path, device, dtype, batch, grad_checkpoint):
+    """-> GB that a step has held at most on this card, or None: it does not fit."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    try:
+        n = training_networks(args, rank, path, device, dtype)
+        trained = [m for m in (n.student, n.latent_rm) if m is not None]
+        weights = [p for module in trained for p in module.parameters() if p.requires_grad]
+        optimizer = optimizers.adamw([{"params": weights}], lr=1e-6)
+        call = one_pass(n, args, batch, grad_checkpoint)
+        for _ in range(2):  # from the second on there are moments
+            optimizer.zero_grad(set_to_none=True)
+            call()
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+    except torch.OutOfMemoryError:
+        return None
+    return torch.cuda.max_memory_allocated(device) / 1e9
+
+
+def memory_table(args, device, dtype):
+    """Print a Markdown table, and the same as one JSON document."""
+    parts = ("weights", "target", "frozen", "gradients", "optimizer", "activations")
+    print(f"GB of a step at {args.size}'s size, {args.resolution} pixels, {str(dtype)[6:]}, one "
+          f"process, every row rewarded, --norms-every 0; a card keeps {memory.SPARE} GB free")
+    print(f"| student | reward | batch | recompute | {' | '.join(parts)} | sum | card |")
+    print("| --- " * (len(parts) + 6) + "|")
+    rows = []
+    for rank, path in itertools.product((None, args.lora), PATHS):
+        networks = training_networks(args, rank, path, torch.device("meta"), dtype)
+        for (batch, again), found in count_of(networks, args, PASSES).items():
+            kinds = {f"LoRA {rank}": found}
+            if rank is None:
+                kinds = {"full": found, "full, 8-bit": memory.smaller(found)}
+            for student, gb in kinds.items():
+                total = sum(gb.values())
+                row = {"student": student, "reward": PATHS[path], "batch": batch,
+                       "grad_checkpoint": again, "gb": gb, "sum": total,
+                       "card": memory.smallest_card(total)}
+                cells = [student, PATHS[path], batch, "yes" if again else "",
+                         *(f"{gb[part]:.2f}" for part in parts), f"{total:.2f}",
+                         row["card"] or "none"]
+                if device.type == "cuda" and gb is found:
+                    row["measured"] = measure_memory(args, rank, path, device, dtype, batch, again)
+                    cells.append(f"measured {row['measured']}")
+                print(f"| {' | '.join(map(str, cells))} |", flush=True)
+                rows.append(row)
+    print(json.dumps({"torch": torch.__version__, "size": args.size, "precision": str(dtype)[6:],
+                      "resolution": args.resolution, "rows": rows}))
+
+
 # -------------------------------------------------------------------------------------- the table
 
 def load(args, device, dtype):
@@ -366,7 +499,13 @@ def time_row(name, ours, theirs, tflop, peak, args, device):
 
 def main():
     args = parse(Config(), __doc__)
-    at_least(1, args, "batch", "warmup", "repeats")
+    at_least(1, args, "batch", "warmup", "repeats", "lora")
+    if args.rows == "memory":
+        args.resolution = args.resolution or (64 if args.size == "pocket" else 512)
+        device = cli.pick_device(args.device)
+        # what is counted is a card, whatever this machine has
+        dtype = torch.float32 if args.precision == "fp32" else torch.bfloat16
+        return memory_table(args, device, dtype)
     args.rows = ROWS if args.rows == "all" else args.rows.split(",")
     require(set(args.rows) <= set(ROWS),
             f"--rows {','.join(args.rows)}: expected some of {','.join(ROWS)}")
@@ -418,6 +557,7 @@ def main():
         "peak_gib": gib,
         "rows": rows,
     }))
+    return None
 
 
 if __name__ == "__main__":
