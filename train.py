@@ -75,7 +75,6 @@ class Config(runs.RunConfig):
     solver_substeps: int = option(1, "teacher steps between two grid points")
     w_min: float = option(1.0, "smallest guidance weight: cond + w (cond - uncond)")
     w_max: float = option(5.0, "largest guidance weight")
-
     w_embed: bool = option(
         True, "the student is told w; without, w is drawn for the solver alone, and the student "
               "is one for any LCM pipeline")
@@ -454,7 +453,7 @@ def optimizer_step(networks, one_pass, optimizer, step, tensors, captions, draws
     student, target = (processes.parts_here([p.detach() for p in network.parameters()])
                        for network in [*networks.trained().values()][:2])
     if args.target_dtype == "bf16":
-        optimizers.lerp_rounded(target, student, 1 - args.ema, args.seed + step)
+        optimizers.lerp_rounded(target, student, 1 - args.ema, args.seed * 1_000_003 + step)
     else:
         torch._foreach_lerp_(target, student, 1 - args.ema)
     return totals

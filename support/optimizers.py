@@ -31,7 +31,7 @@ def lerp_rounded(targets, sources, weight, seed):
     by 0.4% or not at all. So each is rounded up or down at random, as probably as it is near: the
     mean is right. The draws are a function of the seed alone, on each kind of device."""
     device = targets[0].device
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed % 2**63)
     for target, source in zip(targets, sources):
         exact = target.float().lerp_(source.float(), weight)
         # bfloat16 is the upper half of float32's bits; what is added to the lower half carries over

@@ -95,7 +95,7 @@ def test_the_smallest_card_that_holds_it_keeps_some_free(total, card):
 
 
 def test_the_table_of_memory_ends_with_one_json_document(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "PATHS", {"latent": "proxy"})
+    monkeypatch.setattr(bench, "PATHS", {"none": "none"})
     monkeypatch.setattr(bench, "PASSES", [(1, False), (1, True)])
     assert call(bench.main, "--rows", "memory", "--lora", 4, "--device", "cpu") == 0
     lines = capsys.readouterr().out.splitlines()
