@@ -1,11 +1,12 @@
 """Seconds, TFLOP/s and memory of the parts, on the pocket or at SD2.1's size with random weights;
-beside diffusers if asked.
+beside other ways to do the same work if asked.
 
     python bench.py                                       # the pocket
     python bench.py --size sd21 --rows unet,vae_decode    # some of the rows
     python bench.py --size sd21 --rows memory             # what training takes, by card
     # the first thing to run on a new GPU
-    python bench.py --size sd21 --device cuda --compile --against diffusers
+    python bench.py --size sd21 --device cuda --compile --against diffusers,published
+    python bench.py --size sd21 --rows unet --sweep batch # how time and memory grow
 
     unet             one call of the student in the arithmetic of sample.py
     vae_decode       latents -> image
@@ -24,23 +25,39 @@ beside diffusers if asked.
                      too
 
 Every row is timed --repeats times after --warmup calls; the first call, which compiles, is apart.
-diffusers does the same work on the same weights, its calls between ours: channels_last,
-scaled_dot_product_attention, the same precision, compiled if ours is. The ratio is its median over
-ours: above 1 we are faster. The last line is one JSON document.
+The limit is the time that its convolutions and matrix products would take at the speed that one
+large convolution and one large product reach in the same run; the share is that over the median.
+
+Others do the same work on the same weights, their calls between ours. The ratio is their median
+over ours: above 1 we are faster.
+
+    diffusers        its networks and pipeline: channels_last, scaled_dot_product_attention, the
+                     same precision, compiled if ours is
+    openvino         (CPU) the UNet and the decoder compiled by it, for latency; our sampler
+    published        the published script's order of work by diffusers' networks: a teacher's pass
+                     for the prompt and one for no prompt, decoding with all activations kept, AdamW
+                     and EMA parameter by parameter
+
+--sweep repeats the rows for several values of one option, each in a process of its own, and fits
+time and peak memory ~ value^exponent. The last line is one JSON document.
 """
 import dataclasses
+import functools
 import gc
 import itertools
 import json
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import open_clip
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPTextConfig, CLIPTextModel
 
 import latent_rm as proxy
 import train
@@ -48,16 +65,20 @@ from lcm_solver import DDIMSolver, NoiseSchedule, guidance_embedding
 from lora import LoRA, sharing
 from pipeline import Pipeline
 from reward import ClipReward, load_reward, recompute_activations
-from support import cli, memory, optimizers, single_file
+from support import cli, memory, optimizers, peers
 from support.cli import POCKET, at_least, option, parse, require, run
-from support.weights import InputError, load_tokenizer
-from text_encoder import TextEncoder
-from unet import UNet, UNetConfig
+from support.kernels import compile_blocks, compile_for_drawing, prepare_for_inference
+from support.tokenizer import built_in
+from support.weights import InputError
+from text_encoder import TextEncoder, TextTower
+from unet import ResnetBlock, Transformer, UNet, UNetConfig
 from vae import VAE
 
 REWARD_ROWS = "reward_direct", "reward_latent", "reward_student"
 ROWS = ("unet", "vae_decode", "text_encode", "picture", "training_step", *REWARD_ROWS, "optimizer")
 PROMPT = "a photo of an astronaut riding a horse"
+PEERS = "diffusers", "openvino", "published"
+SWEEPS = {"batch": (1, 2, 4, 8), "resolution": (0.5, 1, 1.5, 2), "steps": (1, 2, 4, 8)}
 
 
 @dataclass
@@ -67,11 +88,14 @@ class Config:
         group="what to time")
     rows: str = option("all", f"some of {','.join(ROWS)}, or memory")
     batch: int = option(1, "pictures at a time")
-    resolution: int | None = option(None, "memory: side of the pictures (default: the model's)")
-    lora: int = option(64, "memory: rank of the LoRA")
+    resolution: int | None = option(None, "side of the pictures (default: 64 or 512)")
+    lora: int = option(64, "rank of the LoRA of the row memory")
+    steps: int = option(2, "network calls of the row picture")
     against: str | None = option(
-        None, "time the same work through another library, between our calls",
-        choices=("diffusers",))
+        None, f"time the same work done otherwise, between our calls: some of {','.join(PEERS)}")
+    sweep: str | None = option(
+        None, "time the rows for several values of this option (resolution: times the default)",
+        choices=tuple(SWEEPS))
     warmup: int = option(3, "calls before the clock starts")
     repeats: int = option(7, "calls timed")
 
@@ -87,8 +111,7 @@ class Config:
 def random_model(device, dtype):
     """A Pipeline of SD2.1's size with random weights, and a student's UNet."""
     with torch.device(device):
-        text = CLIPTextModel(CLIPTextConfig(**single_file.CONFIGS["sd2"]["text_encoder"]))
-        networks = (VAE(), TextEncoder(text, single_file.tokenizer("sd2", load_tokenizer)),
+        networks = (VAE(), TextEncoder(TextTower(), built_in("sd2")),
                     UNet(UNetConfig(time_cond_proj_dim=train.W_DIM)))
     vae, text_encoder, unet = (net.to(dtype).eval().requires_grad_(False) for net in networks)
     vae.to(memory_format=torch.channels_last)  # as VAE.from_pretrained does at this size
@@ -148,7 +171,7 @@ def training_work(args, model, unet, student, target, images, prompts, draws):
     solver = DDIMSolver(model.schedule, 50)
     settings = train.Config(reward="none", ddim_steps=50)
     weights, target_weights = list(student.parameters()), list(target.parameters())
-    optimizer = torch.optim.AdamW(weights, lr=1e-6, fused=True)
+    optimizer = torch.optim.AdamW(weights, lr=1e-6, fused=True)  # as in train.py
 
     def training_step():
         with cli.fast_attention(model.device):
@@ -169,23 +192,55 @@ def training_work(args, model, unet, student, target, images, prompts, draws):
     return {"training_step": training_step, "optimizer": update}
 
 
-def work(args, model, unet, trained):
-    """{row: function to time}. trained(): -> student and target, float32."""
+def published_update(student, target):
+    """The optimizer's row as the published script does it."""
+    weights, target_weights = list(student.parameters()), list(target.parameters())
+    optimizer = torch.optim.AdamW(weights, lr=1e-6)
+
+    def update():
+        for p in weights:
+            p.grad = torch.zeros_like(p)
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        for moving, p in zip(target_weights, weights):
+            moving.detach().mul_(0.95).add_(p.detach(), alpha=0.05)
+        student.zero_grad(set_to_none=True)
+    return update
+
+
+def inputs(args, model, unet):
+    """-> latents [B,4,h,w], timesteps [B], embeddings of the prompt, embedding of w: a UNet's."""
+    side = side_of(args, model, unet)
+    latents = torch.randn(args.batch, 4, side, side, device=model.device, dtype=model.dtype)
+    t = torch.full((args.batch,), 499, device=model.device)
+    w = torch.full((args.batch,), 3.0, device=model.device)
+    with torch.no_grad():
+        context = model.text_encoder([PROMPT] * args.batch)
+    return latents, t, context, guidance_embedding(w, train.W_DIM).to(model.dtype)
+
+
+def side_of(args, model, unet):
+    """The side of a latent."""
+    return args.resolution // model.vae.factor if args.resolution else unet.config.sample_size
+
+
+def work(args, model, unet, trained, teacher=None):
+    """{row: function to time}. unet: draws; teacher: the training step's, of the same weights
+    (default: unet); trained(): -> student and target, float32."""
     device = model.device
-    side = unet.config.sample_size
+    side = side_of(args, model, unet)
     z = torch.randn(args.batch, 4, side, side, device=device)
     prompts = [PROMPT] * args.batch
-    context = model.text_encoder(prompts)
-    t = torch.full((args.batch,), 499, device=device)
+    latents, t, context, embedding = inputs(args, model, unet)
     w = torch.full((args.batch,), 3.0, device=device)
-    latents, embedding = z.to(model.dtype), guidance_embedding(w, train.W_DIM)
     pixels = side * model.vae.factor
     images = torch.rand(args.batch, 3, pixels, pixels, device=device) * 2 - 1
     calls = {
         "unet": lambda: unet(latents, t, context, embedding),
         "vae_decode": lambda: model.vae.decode(latents),
         "text_encode": lambda: model.text_encoder(prompts),
-        "picture": lambda: model.draw(unet, prompts, range(args.batch), 2, 3.0),
+        "picture": lambda: model.draw(unet, prompts, range(args.batch), args.steps, 3.0,
+                                      size=(pixels, pixels)),
     }
     calls = {name: torch.no_grad()(call) for name, call in calls.items()}
     if set(REWARD_ROWS) & set(args.rows):
@@ -198,100 +253,68 @@ def work(args, model, unet, trained):
         calls |= reward_work(model, reward, latent_rm, z, prompts, settings)
     if {"training_step", "optimizer"} & set(args.rows):
         draws = z, z.flip(0), w / 10, w / 30
-        calls |= training_work(args, model, unet, *trained(), images, prompts, draws)
+        calls |= training_work(args, model, teacher or unet, *trained(), images, prompts, draws)
     return calls
 
 
-# ------------------------------------------------------------------------- the same by diffusers
+# --------------------------------------------------------------------- the same work by others
 
-def diffusers_twin(kind, net, **more):
-    """A network of diffusers' class `kind` around the weights of ours."""
-    config = {k: v for k, v in dataclasses.asdict(net.config).items() if k != "lcm_grid"}
-    with torch.device("meta"):
-        twin = kind.from_config(config | more)
-    twin.load_state_dict(net.state_dict(), assign=True)
-    return twin.to(memory_format=torch.channels_last).requires_grad_(net.training)
+def diffusers_work(args, ours, unet, trained, published=False):
+    """-> {row: function}, the networks that --compile is to reach. published: in the published
+    script's order of work (the rows of the training alone)."""
+    vae = peers.DiffusersVAE(ours.vae, ours.dtype)
+    net = peers.DiffusersUNet(unet)
+    teacher = peers.DiffusersUNet(unet, passes=2) if published else net
+    # its encode() and decode() call the two halves
+    networks, pair = [vae.net.encoder, vae.net.decoder, net.net, teacher.net], []
 
+    def twins():
+        pair.extend(peers.DiffusersUNet(network, args.grad_checkpoint) for network in trained())
+        networks.extend(twin.net for twin in pair)
+        return pair
 
-class DiffusersUNet(torch.nn.Module):
-    """diffusers' UNet with our call."""
-
-    def __init__(self, net, grad_checkpoint):
-        super().__init__()
-        from diffusers import UNet2DConditionModel
-        self.net, self.config, self.conv_in = (
-            diffusers_twin(UNet2DConditionModel, net), net.config, net.conv_in)
-        if grad_checkpoint and net.training:
-            self.net.train().enable_gradient_checkpointing()
-
-    def forward(self, latents, t, context, w_embedding=None):
-        dtype = self.net.conv_in.weight.dtype
-        w_embedding = None if w_embedding is None else w_embedding.to(dtype)
-        return self.net(
-            latents.to(dtype), t, context.to(dtype), timestep_cond=w_embedding).sample
-
-    def parameters(self, recurse=True):
-        return self.net.parameters(recurse)
-
-
-class DiffusersVAE:
-    """diffusers' VAE with our calls."""
-
-    def __init__(self, vae, dtype):
-        from diffusers import AutoencoderKL
-        levels = len(vae.config.block_out_channels)
-        self.net = diffusers_twin(
-            AutoencoderKL, vae, down_block_types=["DownEncoderBlock2D"] * levels,
-            up_block_types=["UpDecoderBlock2D"] * levels)
-        self.config, self.factor, self.dtype = vae.config, vae.factor, dtype
-
-    def posterior(self, images):
-        distribution = self.net.encode(images.to(self.dtype)).latent_dist
-        return distribution.mean, distribution.std
-
-    def decode(self, latents):
-        return self.net.decode((latents / self.config.scaling_factor).to(self.dtype)).sample
-
-
-def diffusers_work(args, ours, unet, trained):
-    """The same through diffusers: its networks around the same weights, in our algorithm for the
-    training step and in its own pipeline for the picture. -> {row: function}, its networks"""
-    from diffusers import LatentConsistencyModelPipeline, LCMScheduler
-    from diffusers.utils import logging
-    logging.set_verbosity_error()
-    vae = DiffusersVAE(ours.vae, ours.dtype)
-    net = DiffusersUNet(unet, args.grad_checkpoint)
-    # its encode() and decode() call the two halves, so these are what --compile has to reach
-    networks = [vae.net.encoder, vae.net.decoder, net.net]
-
-    def trained_twins():
-        twins = [DiffusersUNet(network, args.grad_checkpoint) for network in trained()]
-        networks.extend(twin.net for twin in twins)
-        return twins
-
-    calls = work(args, dataclasses.replace(ours, vae=vae), net, trained_twins)
-    tokenizer, text = ours.text_encoder.tokenizer, ours.text_encoder.model
-    scheduler = LCMScheduler(
-        1000, 0.00085, 0.012, "scaled_linear", set_alpha_to_one=False, clip_sample=False,
-        original_inference_steps=unet.config.lcm_grid or 50)
-    pipe = LatentConsistencyModelPipeline(
-        vae.net, text, tokenizer, net.net, scheduler, None, None, requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
-    prompts, size = [PROMPT] * args.batch, unet.config.sample_size * ours.vae.factor
-
-    @torch.no_grad()
-    def picture():
-        return pipe(prompts, num_inference_steps=2, guidance_scale=4.0, output_type="pt",
-                    height=size, width=size)
+    kept = dataclasses.replace(args, grad_checkpoint=args.grad_checkpoint and not published)
+    calls = work(kept, dataclasses.replace(ours, vae=vae), net, twins, teacher)
+    if published:
+        names = "training_step", "reward_direct", "optimizer"
+        calls = {name: calls[name] for name in names if name in calls}
+        if "optimizer" in calls:
+            calls["optimizer"] = published_update(*pair)
+        return calls, networks
+    tokenizer, text = words = peers.transformers_text(ours.text_encoder)
+    draw = peers.diffusers_pipeline(vae, words, net, unet.config.lcm_grid or 50)
+    prompts, side = [PROMPT] * args.batch, side_of(args, ours, unet) * ours.vae.factor
 
     @torch.no_grad()
     def text_encode():
         tokens = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
         return text(input_ids=tokens.input_ids.to(ours.device)).last_hidden_state
 
+    picture = torch.no_grad()(lambda: draw(prompts, args.steps, 3.0, side))
     calls |= {"picture": picture, "text_encode": text_encode}
     calls.pop("optimizer", None)  # PyTorch's in both
     return calls, networks
+
+
+def openvino_work(args, ours, unet):
+    """-> {row: function}"""
+    require(ours.device.type == "cpu", "--against openvino: on a CPU only")
+    latents, *rest = inputs(args, ours, unet)
+    net = peers.OpenVINOUNet(unet, (latents, *rest), ours.dtype)
+    vae = peers.OpenVINOVAE(ours.vae, latents, ours.dtype)
+    calls = work(dataclasses.replace(args, rows=()), dataclasses.replace(ours, vae=vae), net, None)
+    return {name: calls[name] for name in ("unet", "vae_decode", "picture")}
+
+
+def work_of(peer, args, model, unet, trained):
+    """-> {row: function}, the networks that --compile is to reach"""
+    try:
+        if peer == "openvino":
+            return openvino_work(args, model, unet), []
+        return diffusers_work(args, model, unet, trained, peer == "published")
+    except ImportError as error:
+        raise InputError(f"--against {peer}: {error.name} is not installed; "
+                         f"pip install {error.name}") from None
 
 
 # -------------------------------------------------------------------------------------- the clock
@@ -323,14 +346,23 @@ def measure(calls, args, device):
     return rows
 
 
-def matmul_peak(device, dtype, args):
-    """TFLOP/s of a large matrix product in this run: the ceiling that the shares refer to."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return 2 * n**3 / 1e12 / measure([lambda: a @ b], args, device)[0]["median"]
+def peaks(device, dtype, args):
+    """TFLOP/s in this run of a large convolution and a large matrix product: of what the limits of
+    the rows are made."""
+    cuda = device.type == "cuda"
+    n, batch = (8192, 32) if cuda else (2048, 1)
+    make = functools.partial(torch.randn, device=device, dtype=dtype)
+    a, b = make(n, n), make(n, n)
+    x, w = (tensor.to(memory_format=torch.channels_last)
+            for tensor in (make(batch, 512, 64, 64), make(512, 512, 3, 3)))
+    work = {"convolution": (2 * 9 * 512 * x.numel(), lambda: F.conv2d(x, w, padding=1)),
+            "product": (2 * n**3, lambda: a @ b)}
+    return {name: count / 1e12 / measure([call], args, device)[0]["median"]
+            for name, (count, call) in work.items()}
 
 
 def count_tflop(call):
+    """-> {"convolution": TFLOP, "product": TFLOP}, attention among the products"""
     fused = torch.backends.mha.get_fastpath_enabled()
     # the counter does not know the fused layers that towers without gradient run as
     torch.backends.mha.set_fastpath_enabled(False)
@@ -339,7 +371,10 @@ def count_tflop(call):
             call()
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-    return counter.get_total_flops() / 1e12
+    found = {"convolution": 0.0, "product": 0.0}
+    for operator, count in counter.get_flop_counts()["Global"].items():
+        found["convolution" if "convolution" in str(operator) else "product"] += count / 1e12
+    return found
 
 
 # ----------------------------------------------------------------------------------------- memory
@@ -352,8 +387,10 @@ PASSES = [(batch, again) for again in (False, True) for batch in (1, 4, 16)]
 def training_networks(args, rank, path, device, dtype):
     """train.Networks of a run with random weights on `device`, meta too. rank: of a LoRA student,
     or None for a full one; path: of the reward, "none", "direct" or "latent"."""
-    model, unet = load(args, torch.device("cpu") if device.type == "meta" else device, dtype) \
-        if args.size == "pocket" else random_model(device, dtype)
+    if args.size == "sd21":
+        model, unet = random_model(device, dtype)
+    else:
+        model, unet, _ = load(args, torch.device("cpu"), dtype)
     side = args.resolution // model.vae.factor
     with device:
         plain = dataclasses.replace(unet.config, time_cond_proj_dim=None, sample_size=side)
@@ -435,8 +472,11 @@ def measure_memory(args, rank, path, device, dtype, batch, grad_checkpoint):
     return torch.cuda.max_memory_allocated(device) / 1e9
 
 
-def memory_table(args, device, dtype):
+def memory_table(args, device):
     """Print a Markdown table, and the same as one JSON document."""
+    args.resolution = args.resolution or (64 if args.size == "pocket" else 512)
+    # what is counted is a card, whatever this machine has
+    dtype = torch.float32 if args.precision == "fp32" else torch.bfloat16
     parts = ("weights", "target", "frozen", "gradients", "optimizer", "activations")
     print(f"GB of a step at {args.size}'s size, {args.resolution} pixels, {str(dtype)[6:]}, one "
           f"process, every row rewarded, --norms-every 0; a card keeps {memory.SPARE} GB free")
@@ -469,49 +509,53 @@ def memory_table(args, device, dtype):
 # -------------------------------------------------------------------------------------- the table
 
 def load(args, device, dtype):
-    """-> Pipeline, the student's UNet of that size."""
+    """-> Pipeline, the student's UNet of that size, and a second one of the same weights, for the
+    training step's teacher."""
     if args.size == "sd21":
-        return random_model(device, dtype)
-    unet = UNet.from_pretrained(POCKET / "student", dtype=dtype, device=device)
-    return Pipeline.from_pretrained(POCKET, device, dtype), unet.requires_grad_(False)
+        model, unet = random_model(device, dtype)
+    else:
+        model = Pipeline.from_pretrained(POCKET, device, dtype)
+        unet = UNet.from_pretrained(POCKET / "student", dtype=dtype, device=device)
+    with torch.device("meta"):
+        teacher = UNet(unet.config)
+    teacher.load_state_dict(unet.state_dict(), assign=True)
+    return model, unet.requires_grad_(False), teacher.requires_grad_(False).eval()
 
 
 def time_row(name, ours, theirs, tflop, peak, args, device):
-    """Time row `name` by our function and, unless it is None, by diffusers'; print its line.
+    """Time row `name` by our function and by those of theirs, {peer: function}; print its line.
     -> the row, its peak memory in GiB"""
-    both = measure([ours] if theirs is None else [ours, theirs], args, device)
-    row = both[0]
-    gib = max([cli.peak_memory(device)] + [one["peak_gib"] for one in both if "peak_gib" in one])
+    row, *others = measure([ours, *theirs.values()], args, device)
+    gib = max(cli.peak_memory(device), *(one.get("peak_gib", 0) for one in (row, *others)))
     line = (f"{name:14s} {row['median']:9.4f} s  "
             f"({row['min']:.4f} to {row['max']:.4f}, first {row['first']:.2f})")
     if tflop is not None:
-        rate = tflop / row["median"]
-        row |= {"tflop": tflop, "tflop_per_s": rate, "share_of_matmul": rate / peak}
-        line += f"  {tflop:8.3g} TFLOP  {rate:8.3g} TFLOP/s  {rate / peak:6.1%} of matmul"
+        total, limit = sum(tflop.values()), sum(tflop[kind] / peak[kind] for kind in peak)
+        row |= {"tflop": total, "tflop_per_s": total / row["median"], "limit": limit,
+                "share_of_limit": limit / row["median"]}
+        line += (f"  {total:8.3g} TFLOP  {row['tflop_per_s']:8.3g} TFLOP/s  limit {limit:.4f} s"
+                 f"  {row['share_of_limit']:6.1%} of it")
     if "peak_gib" in row:
         line += f"  {row['peak_gib']:.1f} GiB"
-    if theirs is not None:
-        row |= {"diffusers": both[1], "ratio": both[1]["median"] / row["median"]}
-        line += f"  diffusers {both[1]['median']:.4f} s, ratio {row['ratio']:.2f}"
+    for peer, other in zip(theirs, others):
+        row[peer] = other | {"ratio": other["median"] / row["median"]}
+        line += f"  {peer} {other['median']:.4f} s, ratio {row[peer]['ratio']:.2f}"
     print(line, flush=True)
     return row, gib
 
 
-def main():
-    args = parse(Config(), __doc__)
-    at_least(1, args, "batch", "warmup", "repeats", "lora")
-    if args.rows == "memory":
-        args.resolution = args.resolution or (64 if args.size == "pocket" else 512)
-        device = cli.pick_device(args.device)
-        # what is counted is a card, whatever this machine has
-        dtype = torch.float32 if args.precision == "fp32" else torch.bfloat16
-        return memory_table(args, device, dtype)
-    args.rows = ROWS if args.rows == "all" else args.rows.split(",")
-    require(set(args.rows) <= set(ROWS),
-            f"--rows {','.join(args.rows)}: expected some of {','.join(ROWS)}")
-    device = cli.pick_device(args.device)
-    dtype = cli.pick_precision(args.precision, device)
-    model, unet = load(args, device, dtype)
+def several(text, known, name):
+    """A list joined by commas -> its parts, each a known one."""
+    parts = text.split(",") if text else []
+    require(set(parts) <= set(known), f"--{name} {text}: expected some of {','.join(known)}")
+    return parts
+
+
+def run_rows(args, device, dtype):
+    """Time the rows. -> {row: figures}, the peaks, the most memory in GiB"""
+    model, unet, teacher = load(args, device, dtype)
+    require(not args.resolution or args.resolution % model.vae.factor == 0,
+            f"--resolution {args.resolution}: expected a multiple of {model.vae.factor}")
     pair = []
 
     def trained():  # made once, when a row needs them: 7 GB at SD2.1's size
@@ -521,27 +565,80 @@ def main():
             pair[1].eval().requires_grad_(False)
         return pair
 
-    calls, theirs = work(args, model, unet, trained), {}
-    networks = [unet, model.vae.decoder, model.vae.encoder, *pair]
+    calls, theirs, networks = work(args, model, unet, trained, teacher), {}, []
     counted = [name for name in calls if name in args.rows and name != "optimizer"]
     tflop = {name: count_tflop(calls[name]) for name in counted}
-    if args.against:
-        try:
-            theirs, more = diffusers_work(args, model, unet, trained)
-        except ImportError:
-            raise InputError(
-                "--against diffusers: it is not installed; pip install diffusers") from None
-        networks += more
+    for peer in args.against:
+        theirs[peer], found = work_of(peer, args, model, unet, trained)
+        networks += found
+    prepare_for_inference(unet)  # as Pipeline.load_unet does
     if args.compile:
-        for network in networks:
+        compile_for_drawing(unet)
+        for network in (teacher, *pair):
+            compile_blocks(network, (ResnetBlock, Transformer))
+        for network in (model.vae.decoder, model.vae.encoder, *networks):
             network.compile()
 
-    peak, gib, rows = matmul_peak(device, dtype, args), 0.0, {}
-    print(f"matmul {peak:.3g} TFLOP/s in {str(dtype)[6:]}")
+    peak, gib, rows = peaks(device, dtype, args), 0.0, {}
+    print(", ".join(f"{kind} {rate:.3g} TFLOP/s" for kind, rate in peak.items()),
+          f"in {str(dtype)[6:]}")
     for name in args.rows:
+        others = {peer: found[name] for peer, found in theirs.items() if name in found}
         rows[name], used = time_row(
-            name, calls[name], theirs.get(name), tflop.get(name), peak, args, device)
+            name, calls[name], others, tflop.get(name), peak, args, device)
         gib = max(gib, used)
+    return rows, peak, gib
+
+
+# -------------------------------------------------------------------------------------- the sweep
+
+def sweep(args):
+    """Run this script once for each value of the option, and print what grows how. -> {row: {value:
+    {"median", "peak_gib"}, "exponents": {"median", "peak_gib"}}}"""
+    normal = args.resolution or {"pocket": 64, "sd21": 512}[args.size]
+    unit = normal if args.sweep == "resolution" else 1
+    values = [int(value * unit) for value in SWEEPS[args.sweep]]
+    given = {name: value for name, value in vars(args).items()
+             if value != getattr(Config, name) and name not in ("sweep", args.sweep)}
+    argv = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
+            for name, value in given.items()]
+    found = {}
+    for value in values:
+        command = [sys.executable, __file__, *argv, f"--{args.sweep}={value}"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        require(done.returncode == 0, f"{' '.join(command[1:])}: {done.stderr.strip()}")
+        document = json.loads(done.stdout.splitlines()[-1])
+        for name, row in document["rows"].items():
+            point = {"median": row["median"], "peak_gib": document["peak_gib"]}
+            found.setdefault(name, {})[str(value)] = point
+            print(f"{name:14s} {args.sweep} {value:4d} {row['median']:9.4f} s  "
+                  f"{point['peak_gib']:.2f} GiB", flush=True)
+    for name, points in found.items():
+        exponents = {}
+        for key in ("median", "peak_gib"):
+            x, y = np.log(values), np.log([point[key] for point in points.values()])
+            exponents[key] = float(np.polyfit(x, y, 1)[0])
+        points["exponents"] = exponents
+        print(f"{name:14s} seconds ~ {args.sweep}^{exponents['median']:.2f}, "
+              f"memory ~ {args.sweep}^{exponents['peak_gib']:.2f}")
+    return found
+
+
+def main():
+    args = parse(Config(), __doc__)
+    at_least(1, args, "batch", "warmup", "repeats", "steps", "lora")
+    if args.rows == "memory":
+        memory_table(args, cli.pick_device(args.device))
+        return
+    rows = ROWS if args.rows == "all" else several(args.rows, ROWS, "rows")
+    against = several(args.against, PEERS, "against")
+    if args.sweep:
+        print(json.dumps({"sweep": args.sweep, "rows": sweep(args)}))
+        return
+    args = dataclasses.replace(args, rows=rows, against=against)
+    device = cli.pick_device(args.device)
+    dtype = cli.pick_precision(args.precision, device)
+    rows, peak, gib = run_rows(args, device, dtype)
     cpu = platform.processor() or platform.machine()
     print(json.dumps({
         "torch": torch.__version__,
@@ -553,11 +650,10 @@ def main():
         "batch": args.batch,
         "compile": args.compile,
         "grad_checkpoint": args.grad_checkpoint,
-        "matmul_tflop_per_s": peak,
+        "peak_tflop_per_s": peak,
         "peak_gib": gib,
         "rows": rows,
     }))
-    return None
 
 
 if __name__ == "__main__":

@@ -204,12 +204,13 @@ class Shards(torch.utils.data.Dataset):
         return captions[draw % len(captions)]
 
     def sample(self, i, draw):
-        """-> (tensor, caption); draw: as in caption(). Raises BadSample."""
+        """-> (uint8 picture [3,R,R] or posterior, caption); draw: as in caption(). Raises
+        BadSample."""
         number, offset, size = self.samples[i][:3]
         data = self.read(number, offset, size)
         try:
             if not self.encoded:
-                tensor = load_picture(data, self.resolution)
+                tensor = read_pixels(data, self.resolution)
             else:
                 tensor = torch.from_numpy(np.load(io.BytesIO(data))).float()
                 require(self.shape in (None, tensor.shape), f"shape {tuple(tensor.shape)}")
@@ -219,7 +220,8 @@ class Shards(torch.utils.data.Dataset):
         return tensor, self.caption(i, draw)
 
     def __getitem__(self, i):
-        return self.sample(i, draw=0)
+        tensor, caption = self.sample(i, draw=0)
+        return as_input(tensor), caption
 
     def first(self, count):
         """-> the first so many samples that can be read."""
@@ -242,16 +244,27 @@ def shards_of(args, path, name="--data"):
                   args.cache, args.cache_gb)
 
 
-def load_picture(data, resolution):
-    """Bytes of a picture -> [3,R,R] in [-1,1], as people see it (support/pictures.py): shortest
-    side resized, centre crop."""
+def read_pixels(data, resolution):
+    """Bytes of a picture -> uint8 [3,R,R], as people see it (support/pictures.py): shortest side
+    resized, centre crop."""
     picture = decode(data)
     w, h = picture.size
     if (w, h) != (resolution, resolution):
         side = min(w, h)
         box = ((w - side) // 2, (h - side) // 2, (w + side) // 2, (h + side) // 2)
         picture = picture.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def as_input(tensors):
+    """uint8 pictures -> float32 in [-1,1]; posteriors as they are. Pictures stay bytes until they
+    are where they are needed: a quarter of the memory and of the way to a GPU."""
+    return tensors.float() / 127.5 - 1 if tensors.dtype == torch.uint8 else tensors
+
+
+def load_picture(data, resolution):
+    """Bytes of a picture -> [3,R,R] in [-1,1]: see read_pixels."""
+    return as_input(read_pixels(data, resolution))
 
 
 @functools.lru_cache(maxsize=2)
@@ -349,8 +362,8 @@ class StepSampler:
 
 
 class Stream(torch.utils.data.Dataset):
-    """Shards as a run draws them. Item (number, position) -> tensor, caption, [(place, kind,
-    reason) of each broken sample that came up before].
+    """Shards as a run draws them. Item (number, position) -> tensor (see Shards.sample), caption,
+    [(place, kind, reason) of each broken sample that came up before].
 
     A broken sample is replaced by one that is a function of (seed, position, try), so a resumed
     run and another number of processes draw the same. Of several captions one is drawn by (seed,
@@ -395,8 +408,8 @@ def random_draws(seed, places, shape, device):
 
 
 def batches(shards, seed, first, last, rows, rank=0, world=1, workers=0, broken=None):
-    """Yields for steps first..last-1: tensors [rows,...], captions. broken: what counts broken
-    samples (support/broken.py)."""
+    """Yields for steps first..last-1: tensors [rows,...] for as_input, captions. broken: what
+    counts broken samples (support/broken.py)."""
     loader = torch.utils.data.DataLoader(
         Stream(shards, seed), num_workers=workers, pin_memory=torch.cuda.is_available(),
         batch_sampler=StepSampler(len(shards), seed, first, last, rows, rank, world, shards),

@@ -21,7 +21,6 @@ from reward import load_reward, parse_spec
 from support import cli
 from support.cli import POCKET, at_least, option, parse, require, run
 from support.weights import InputError, read_json, write_whole
-from unet import UNet
 
 RESULTS = POCKET / "results.json"  # what build.py recorded: real pictures, teacher and plain LCM
 SIDE = 64  # pixels of the pocket's pictures, and of those recorded
@@ -194,8 +193,7 @@ def compare(args, device, dtype):
             f"--teacher-steps {args.teacher_steps}: expected 0 to 999")
     out = cli.make_folder(args.out)
     model = Pipeline.from_pretrained(args.model, device, dtype)
-    student = UNet.from_pretrained(args.unet, dtype=dtype, device=device)
-    model.check(student, args.unet, student=True)
+    student = model.load_unet(args.unet, student=True)
     # called for its error: a wrong number of steps is refused before any work
     lcm_timesteps(model.schedule, args.steps, student.config.lcm_grid or 50)
     real, prompts, shown = read_prompts(args, student.config.sample_size * model.vae.factor)
@@ -208,8 +206,7 @@ def compare(args, device, dtype):
         rows.append(score("real pictures", real))
         rows.append(score("real, through the VAE", model.round_trip(real)))
     if args.teacher_steps:
-        teacher = UNet.from_pretrained(args.model, dtype=dtype, device=device)
-        model.check(teacher, args.model, student=False)
+        teacher = model.load_unet(args.model, student=False)
         steps, w = args.teacher_steps, args.guidance
         name = f"teacher\n{steps} steps"
         if "teacher" in record and not args.teacher_n:  # only what is shown has to be drawn

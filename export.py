@@ -29,6 +29,7 @@ from lcm_solver import ScheduleConfig
 from lora import W_PROJECTION, LoRA, merged
 from support import lora_files, single_file
 from support.cli import POCKET, make_folder, option, parse, require, run
+from support.tokenizer import write_tokenizer
 from support.weights import find_component, read_json, whole_file, whole_folder
 from text_encoder import TextEncoder
 from unet import UNet
@@ -108,7 +109,7 @@ def export_pipeline(teacher, unet, out, dtype=torch.float32):
         if found.folder:
             shutil.copytree(found.folder.parent / "tokenizer", new / "tokenizer")
         else:
-            single_file.write_tokenizer(new / "tokenizer", found.kind)
+            write_tokenizer(new / "tokenizer", found.kind)
         schedule = ScheduleConfig.from_pretrained(teacher)
         scheduler = scheduler_config(schedule, unet.config.lcm_grid or 50)
         (new / "scheduler").mkdir()

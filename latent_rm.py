@@ -29,16 +29,16 @@ from open_clip.transformer import TextTransformer
 from torch import nn
 
 import data
-from support import cli, processes, runs, single_file
+from support import cli, processes, runs
 from support.checkpoints import load_optimizer
 from support.cli import POCKET, at_least, option, parse, positive, require, run
 from support.reward_weights import open_clip_weights
+from support.tokenizer import Tokenizer, built_in
 from support.weights import (
     InputError,
     find_component,
     load_component,
     load_strictly,
-    load_tokenizer,
     local,
     save_component,
     whole_folder,
@@ -93,7 +93,7 @@ class LatentViT(nn.Module):
 class LatentRM(nn.Module):
     """latent_rm(unscaled latents [B,C,s,s], B prompts) -> [B] cosine similarities, float32.
 
-    tokenizer: transformers' CLIPTokenizer. logit_scale: the log of CLIP's inverse temperature,
+    tokenizer: a support.tokenizer.Tokenizer. logit_scale: the log of CLIP's inverse temperature,
     which only the pre-training uses."""
 
     Config = LatentRMConfig
@@ -118,10 +118,13 @@ class LatentRM(nn.Module):
         folder = find_component(path, "latent_rm").folder
         places = folder / "tokenizer", folder.parent / "tokenizer"
         words = next((place for place in places if place.is_dir()), places[0])
-        latent_rm.tokenizer = load_tokenizer(words)
+        latent_rm.tokenizer = Tokenizer.from_pretrained(words)
         require(len(latent_rm.tokenizer) == latent_rm.config.vocab_size,
                 f"{words}: {len(latent_rm.tokenizer)} tokens, but {folder}/config.json says "
                 f"vocab_size {latent_rm.config.vocab_size}: do they belong together?")
+        require(latent_rm.tokenizer.model_max_length == latent_rm.config.context_length,
+                f"{words}: model_max_length {latent_rm.tokenizer.model_max_length}, but "
+                f"{folder}/config.json says context_length {latent_rm.config.context_length}")
         return latent_rm
 
     def save_pretrained(self, folder, dtype=None):
@@ -151,10 +154,7 @@ class LatentRM(nn.Module):
     def text_features(self, prompts):
         """B prompts -> unit vectors [B,D], float32. A prompt is cut at the tower's
         context_length."""
-        tokens = self.tokenizer(
-            list(prompts), padding="max_length", truncation=True,
-            max_length=self.config.context_length, return_tensors="pt")
-        ids = tokens.input_ids.to(self.logit_scale.device)
+        ids = self.tokenizer(prompts).to(self.logit_scale.device)
         return F.normalize(self.text(ids).float(), dim=-1)
 
     def forward(self, latents, prompts):
@@ -353,12 +353,9 @@ def new_latent_rm(args, shape):
     """A new LatentRM for latents of that shape (C, s, s), the same on every process."""
     channels, side, _ = shape
     if args.size == "sd21":
-        tokenizer = single_file.tokenizer("sd2", load_tokenizer)
+        tokenizer = built_in("sd2")
     else:
-        tokenizer = load_tokenizer(local(args.model, "tokenizer") / "tokenizer")
-    require(tokenizer.model_max_length < 10**6,
-            f"{args.model}: its tokenizer/ says no model_max_length; "
-            f"copy tokenizer_config.json there")
+        tokenizer = Tokenizer.from_pretrained(local(args.model, "tokenizer") / "tokenizer")
     config = LatentRMConfig(
         channels, side, context_length=tokenizer.model_max_length, vocab_size=len(tokenizer),
         **SIZES[args.size])
@@ -378,10 +375,11 @@ def new_latent_rm(args, shape):
 
 @torch.no_grad()
 def posterior(tensors, vae, device):
-    """Pictures [B,3,R,R] or posteriors [B,2,C,s,s] -> mean and std of the unscaled latents,
-    [B,C,s,s] each. vae: None if there are posteriors only."""
+    """Pictures [B,3,R,R], uint8 or in [-1,1], or posteriors [B,2,C,s,s] -> mean and std of the
+    unscaled latents, [B,C,s,s] each. vae: None if there are posteriors only."""
     means, stds = [], []
     for part in tensors.to(device, non_blocking=True).split(32):
+        part = data.as_input(part)
         mean, std = part.unbind(1) if part.ndim == 5 else vae.posterior(part)
         means.append(mean)
         stds.append(std)

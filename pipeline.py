@@ -9,9 +9,12 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from lcm_solver import NoiseSchedule, ScheduleConfig, draw_noise, sample_ddim, sample_lcm
+from lora import merged
 from support.cli import autocast, require
+from support.kernels import prepare_for_inference
 from support.weights import whole_file
 from text_encoder import TextEncoder
+from unet import UNet
 from vae import VAE
 
 
@@ -33,6 +36,15 @@ class Pipeline:
         text_encoder = TextEncoder.from_pretrained(path, dtype, device).requires_grad_(False)
         schedule = NoiseSchedule(ScheduleConfig.from_pretrained(path), device)
         return cls(vae, text_encoder, schedule, device, dtype)
+
+    def load_unet(self, where, student, loras=(), scales=()):
+        """-> the UNet of `where` (see UNet.from_pretrained), with these LoRA files merged at these
+        scales, checked, frozen and prepared for drawing in `dtype`."""
+        if loras:
+            unet = merged(where, loras, scales, self.dtype, self.device, student)
+        else:
+            unet = UNet.from_pretrained(where, dtype=self.dtype, device=self.device)
+        return prepare_for_inference(self.check(unet, where, student).requires_grad_(False))
 
     def check(self, unet, where, student):
         """-> the UNet, or InputError unless it belongs to this model and is a student (one with a

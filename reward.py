@@ -42,7 +42,6 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from support import single_file
 from support.cli import autocast, pick_device, pick_precision, require, run
 from support.pictures import decode
 from support.reward_weights import (
@@ -51,13 +50,13 @@ from support.reward_weights import (
     open_weights,
     parameters_on_meta,
 )
+from support.tokenizer import Tokenizer, built_in
 from support.weights import (
     WEIGHTS,
     InputError,
     find_component,
     first_line,
     load_strictly,
-    load_tokenizer,
     state_to_save,
     whole_folder,
 )
@@ -195,7 +194,7 @@ class PocketReward(ClipReward):
     Pictures are squashed to its size."""
 
     def __init__(self, config, tokenizer):
-        super().__init__(open_clip.CLIP(**config), padded(tokenizer), "squash",
+        super().__init__(open_clip.CLIP(**config), tokenizer, "squash",
                          mean=(0.5,) * 3, std=(0.5,) * 3)
         self.config, self.tokenizer = config, tokenizer
 
@@ -206,7 +205,8 @@ class PocketReward(ClipReward):
         if component.config.keys() != {"embed_dim", "vision_cfg", "text_cfg"}:
             raise InputError(f"{component.where}: no CLIP there (embed_dim, vision_cfg, text_cfg); "
                              "expected a folder like pocket/reward")
-        reward = cls(component.config, load_tokenizer(component.folder.parent / "tokenizer"))
+        tokenizer = Tokenizer.from_pretrained(component.folder.parent / "tokenizer")
+        reward = cls(component.config, tokenizer)
         load_strictly(reward.clip, component)
         return reward
 
@@ -401,15 +401,6 @@ def jpeg_kilobytes(images, prompts):
 
 # -------------------------------------------------------------------------------------------- words
 
-def padded(tokenizer):
-    """A tokenizer of transformers -> a function: list of B prompts -> ids [B,L], cut and padded at
-    the tokenizer's model_max_length."""
-    def tokenize(prompts):
-        rows = tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt")
-        return rows.input_ids
-    return tokenize
-
-
 def bert_tokenizer(length):
     """BERT's uncased WordPiece with BLIP's two tokens added, as a function: list of B prompts ->
     (ids, mask), both [B,length]."""
@@ -479,9 +470,8 @@ def load_hpsv2(name, option, path, dtype, device):
 
 def load_pickscore(name, option, path, dtype, device):
     # trained and published with transformers: its words, its crop
-    words = padded(single_file.tokenizer("sd1", load_tokenizer))
     return load_clip(VIT_H, find_weights(name, path), dtype, device,
-                     tokenize=words, half=math.floor)
+                     tokenize=built_in("sd1"), half=math.floor)
 
 
 def load_any_clip(name, option, path, dtype, device):

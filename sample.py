@@ -17,7 +17,6 @@ import torch
 from tqdm import tqdm
 
 from lcm_solver import lcm_timesteps
-from lora import merged
 from pipeline import Pipeline, grid, save_png, to_pil
 from support import lora_files
 from support.cli import (
@@ -32,8 +31,8 @@ from support.cli import (
     require,
     run,
 )
+from support.kernels import compile_for_drawing
 from support.weights import InputError
-from unet import UNet
 
 PROMPTS = ["a red apple", "a smiling cat", "rocket", "a firefighter", "a green heart", "a snowman"]
 GRID = 64  # pictures that grid.png shows at most
@@ -124,11 +123,7 @@ def main():
     student = Path(args.model) / "student"
     own = args.solver == "lcm" and student.is_dir() and not args.lora
     where = args.unet or str(student if own else args.model)
-    if args.lora:
-        unet = merged(where, args.lora, scales, dtype, device, student=args.solver == "lcm")
-    else:
-        unet = UNet.from_pretrained(where, dtype=dtype, device=device)
-    model.check(unet, where, student=args.solver == "lcm")
+    unet = model.load_unet(where, args.solver == "lcm", args.lora, scales)
     if args.solver == "lcm":
         # called for its error: a wrong number of steps is refused before any work
         lcm_timesteps(model.schedule, args.steps, unet.config.lcm_grid or 50)
@@ -140,7 +135,7 @@ def main():
     size = parse_size(args.size, model.vae.factor) if args.size else None
     tell_cut(model.text_encoder, [*prompts, args.negative] if args.negative else prompts)
     if args.compile:
-        unet.compile()
+        compile_for_drawing(unet)
 
     facts = {"steps": args.steps, "solver": args.solver, "guidance": args.guidance,
              "negative": args.negative, "model": args.model, "unet": where}

@@ -34,6 +34,7 @@ from reward import Reward, load_reward
 from support import cli, flops, optimizers, processes, runs
 from support.checkpoints import load_optimizer
 from support.cli import POCKET, at_least, option, parse, positive, require, run
+from support.kernels import compile_blocks
 from unet import ResnetBlock, Transformer, UNet
 
 W_DIM = 256  # width of the guidance embedding
@@ -344,10 +345,11 @@ class Networks:
         return found if self.latent_rm is None else found | {"latent_rm": self.latent_rm}
 
     def compile(self, sharded):
-        vae = self.model.vae
         # FSDP2's hooks would cut the graphs of what is shared out to pieces
         trained = () if sharded else (self.student, self.target)
-        for network in (*trained, self.teacher, vae.encoder, vae.decoder):
+        for unet in (*trained, self.teacher):
+            compile_blocks(unet, (ResnetBlock, Transformer))
+        for network in (self.model.vae.encoder, self.model.vae.decoder):
             network.compile()
         for rewarder in (self.reward, self.latent_rm):
             if rewarder is not None:
@@ -392,7 +394,7 @@ def add_gradients(one_pass, tensors, captions, draws, args, with_reward=True):
     totals, device = {}, draws[0].device
     for first in range(0, len(captions), args.batch_size):
         part = slice(first, first + args.batch_size)
-        images = tensors[part].to(device, non_blocking=True)
+        images = data.as_input(tensors[part].to(device, non_blocking=True))
         batch = images, captions[part], [draw[part] for draw in draws]
         waits = part.stop < len(captions) and isinstance(one_pass, DistributedDataParallel)
         with one_pass.no_sync() if waits else contextlib.nullcontext(), cli.fast_attention(device):

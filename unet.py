@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from support.kernels import attention
 from support.weights import InputError, load_component, save_component
 
 
@@ -90,11 +91,7 @@ class Attention(nn.Module):
         # [B, length, dim] -> [B, heads, length, dim / heads]
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
                    for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
-        if self.upcast and q.dtype != torch.float32:
-            with torch.autocast(q.device.type, enabled=False):
-                y = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(v.dtype)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v)
+        y = attention(q, k, v, self.upcast)
         return self.to_out[0](y.transpose(1, 2).flatten(2))  # [B, length, dim]
 
 
@@ -309,10 +306,10 @@ class UNet(nn.Module):
         x = self.conv_in(latents.to(dtype))
         skips = [x]
         for level in self.down_blocks:
-            for resnet, attention in level.stages():
+            for resnet, transformer in level.stages():
                 x = run(resnet, x, temb)
-                if attention is not None:
-                    x = run(attention, x, context)
+                if transformer is not None:
+                    x = run(transformer, x, context)
                 skips.append(x)
             for downsample in getattr(level, "downsamplers", ()):
                 x = downsample(x)
@@ -321,10 +318,10 @@ class UNet(nn.Module):
         x = run(self.mid_block.attentions[0], x, context)
         x = run(self.mid_block.resnets[1], x, temb)
         for level in self.up_blocks:
-            for resnet, attention in level.stages():
+            for resnet, transformer in level.stages():
                 x = run(resnet, torch.cat([x, skips.pop()], dim=1), temb)
-                if attention is not None:
-                    x = run(attention, x, context)
+                if transformer is not None:
+                    x = run(transformer, x, context)
             for upsample in getattr(level, "upsamplers", ()):
                 x = upsample(x, skips[-1].shape[-2:])
         return self.conv_out(F.silu(self.conv_norm_out(x)))

@@ -41,7 +41,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms.functional import gaussian_blur
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 POCKET = Path(__file__).resolve().parent
 sys.path.insert(0, str(POCKET.parent))
@@ -50,10 +49,10 @@ from emoji import SIZE
 from latent_rm import LatentRMConfig, LatentViT, clip_loss
 from lcm_solver import NoiseSchedule
 from reward import PocketReward
-from support import single_file
 from support.cli import autocast, fast_attention, pick_precision, require, run
+from support.tokenizer import Tokenizer, write_tokenizer
 from support.weights import write_whole
-from text_encoder import TextEncoder
+from text_encoder import TextConfig, TextEncoder, TextTower
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
@@ -90,9 +89,9 @@ def read_split(pocket, name):
 
 
 def stage_tokenizer(args):
-    single_file.write_tokenizer(args.out / "tokenizer", "sd1", VOCABULARY, 32)
-    tokenizer = CLIPTokenizer.from_pretrained(args.out / "tokenizer")
-    lengths = [len(ids) for ids in tokenizer(read_split(args.out, "train")[1]).input_ids]
+    write_tokenizer(args.out / "tokenizer", "sd1", VOCABULARY, 32)
+    tokenizer = Tokenizer.from_pretrained(args.out / "tokenizer")
+    lengths = [len(ids) for ids in tokenizer.encode(read_split(args.out, "train")[1])]
     print(f"tokenizer: {len(tokenizer)} entries; "
           f"captions take {np.mean(lengths):.1f} tokens on average, "
           f"{sum(n > 32 for n in lengths)} of {len(lengths)} more than 32")
@@ -321,7 +320,7 @@ CLIPS = {
 
 def stage_clip(name, args):
     torch.manual_seed({"judge": 1, "reward": 2}[name])
-    tokenizer = CLIPTokenizer.from_pretrained(args.out / "tokenizer")
+    tokenizer = Tokenizer.from_pretrained(args.out / "tokenizer")
     model = PocketReward(CLIPS[name], tokenizer).to(args.device)
     # The judge takes part in no loss: it may know what the pictures it judges should look like.
     splits = ["train", *emoji.SPLITS] if name == "judge" else ["train"]
@@ -358,8 +357,7 @@ def stage_clip(name, args):
 
 TEXT_ENCODER = {
     "vocab_size": VOCABULARY, "hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 4,
-    "num_attention_heads": 6, "max_position_embeddings": 32, "hidden_act": "gelu",
-    "projection_dim": 192,
+    "num_attention_heads": 6, "max_position_embeddings": 32,
 }
 UNET = {
     "sample_size": SIZE // 4, "block_out_channels": (64, 128, 160), "layers_per_block": 1,
@@ -398,7 +396,7 @@ def fit_text_encoder(text_encoder, latents, captions, args):
 
     def contrast(ids, z):
         with autocast(args.device, args.precision):
-            hidden = model(input_ids=ids).last_hidden_state
+            hidden = model(ids)
             ends = (ids == tokenizer.eos_token_id).int().argmax(1)  # the first end token of each
             text = head(hidden[torch.arange(len(ids)), ends])
             image = image_tower(z)
@@ -408,7 +406,7 @@ def fit_text_encoder(text_encoder, latents, captions, args):
     def contrast_of_step(step, generator):
         chosen = draw(len(captions), BATCH["text"], generator)
         prompts = vary([captions[i] for i in chosen], random.Random(step))
-        ids = text_encoder.tokenize(prompts)
+        ids = text_encoder.tokenizer(prompts)
         return contrast(ids.to(args.device), latents[chosen.to(args.device)])
 
     modules = {"text": (model, 1.0), "image": (image_tower, 1.0),
@@ -418,10 +416,8 @@ def fit_text_encoder(text_encoder, latents, captions, args):
 
 def stage_teacher(args):
     torch.manual_seed(3)
-    tokenizer = CLIPTokenizer.from_pretrained(args.out / "tokenizer")
-    model = CLIPTextModel(CLIPTextConfig(**TEXT_ENCODER, bos_token_id=None,
-                                         eos_token_id=tokenizer.eos_token_id,
-                                         pad_token_id=tokenizer.pad_token_id))
+    tokenizer = Tokenizer.from_pretrained(args.out / "tokenizer")
+    model = TextTower(TextConfig(**TEXT_ENCODER))
     text_encoder = TextEncoder(model, tokenizer).to(args.device)
     unet, schedule = UNet(UNetConfig(**UNET)).to(args.device), NoiseSchedule(device=args.device)
     print(f"teacher: UNet {sum(p.numel() for p in unet.parameters()) / 1e6:.1f} M, "
@@ -434,7 +430,7 @@ def stage_teacher(args):
     def denoise(ids, z, noise, t):
         noisy = schedule.add_noise(z, noise, t)
         with autocast(args.device, args.precision):
-            eps = unet(noisy, t, model(input_ids=ids).last_hidden_state)
+            eps = unet(noisy, t, model(ids))
         snr = schedule.alphas_cumprod[t] / (1 - schedule.alphas_cumprod[t])
         # So every noise level has about the same part in the loss. With equal weights, or
         # min-SNR's, the highest levels have a fiftieth of it: those where the caption decides what
@@ -455,7 +451,7 @@ def stage_teacher(args):
         # one timestep in each of as many equal parts of the schedule as there are pictures
         within = torch.rand(count, generator=generator, dtype=torch.float64)
         t = ((torch.arange(count) + within) / count * len(schedule)).long()
-        return compiled(text_encoder.tokenize(prompts).to(args.device),
+        return compiled(text_encoder.tokenizer(prompts).to(args.device),
                         latents[chosen.to(args.device)], noise.to(args.device), t.to(args.device))
 
     modules = {"unet": (unet, 1.0), "text": (model, 0.3)}

@@ -12,11 +12,7 @@ third). `third` is None, or 0, 1, 2 where the file stacks q, k and v in one tens
 functions serve reading and writing.
 Source of the names: CompVis/stable-diffusion and Stability-AI/stablediffusion, `ldm/modules`.
 """
-import gzip
-import json
 import re
-import tempfile
-from pathlib import Path
 
 # what both generations have in common
 UNET = {
@@ -221,42 +217,3 @@ def text_key(key, config):
 
 
 KEYS = {"unet": unet_key, "vae": vae_key, "text_encoder": text_key}
-
-
-# -------------------------------------------------------------------------------------- tokenizer
-
-def write_tokenizer(folder, kind, entries=49408, length=77):
-    """Write CLIP's BPE, which open_clip ships, or its first `entries`, as the tokenizer/ folder of
-    that generation ("sd1", "sd2"); `length` is the number of tokens that a prompt is cut to.
-
-    SD1 pads with the end token, SD2 with id 0, the token "!". So transformers reads a "!" in a
-    prompt of SD2 as padding; diffusers does so too."""
-    from open_clip.tokenizer import bytes_to_unicode, default_bpe
-    with gzip.open(default_bpe(), "rt", encoding="utf-8") as file:
-        lines = file.read().split("\n")
-    merges = lines[1:1 + entries - 512 - 2]  # the first line is a header; see `tokens` for the rest
-    symbols = list(bytes_to_unicode().values())  # 256
-    tokens = symbols + [s + "</w>" for s in symbols] + [m.replace(" ", "") for m in merges]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    config = {
-        "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": length,
-        "do_lower_case": True,
-        "bos_token": "<|startoftext|>",
-        "eos_token": "<|endoftext|>",
-        "unk_token": "<|endoftext|>",
-        "pad_token": "!" if kind == "sd2" else "<|endoftext|>"}
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-    (folder / "merges.txt").write_text(
-        "#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def tokenizer(kind, load):
-    """What `load` makes of a temporary folder that holds the tokenizer of that generation."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_tokenizer(folder, kind)
-        return load(folder)

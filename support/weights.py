@@ -341,19 +341,6 @@ def files_needed(listing, name):
     return [inside + n for n in needed] + words.get(name, [])
 
 
-def load_tokenizer(folder):
-    """The CLIP tokenizer of a tokenizer/ folder (vocab.json and merges.txt, or tokenizer.json)."""
-    from transformers import CLIPTokenizer
-    folder = Path(folder)
-    if not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
-        raise InputError(f"{folder}: no tokenizer there; expected vocab.json and merges.txt")
-    try:
-        return CLIPTokenizer.from_pretrained(folder)
-    except Exception as error:  # the tokenizers library raises bare Exceptions for broken files
-        raise InputError(f"{folder}: not a whole tokenizer ({error}); "
-                         "copy the folder again") from None
-
-
 # ---------------------------------------------------------------------------------------- loading
 
 def parse_config(component, config_class):

@@ -36,8 +36,7 @@ VAE = {
 }
 TEXT = {
     "vocab_size": 4096, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "max_position_embeddings": 32, "hidden_act": "gelu",
-    "projection_dim": 32,
+    "num_attention_heads": 2, "max_position_embeddings": 32,
 }
 CLIP = {
     "embed_dim": 16,
@@ -162,14 +161,11 @@ def memory_of_loading(folder, dtype):
 
 
 def make_text_encoder(folder, **changes):
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    from text_encoder import TextEncoder
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    config = CLIPTextConfig(
-        **TEXT | changes, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id)
-    TextEncoder(randomize(CLIPTextModel(config)), tokenizer).save_pretrained(folder)
+    from support.tokenizer import Tokenizer
+    from text_encoder import TextConfig, TextEncoder, TextTower
+    tokenizer = Tokenizer.from_pretrained(folder / "tokenizer")
+    tower = randomize(TextTower(TextConfig(**TEXT | changes)))
+    TextEncoder(tower, tokenizer).save_pretrained(folder)
 
 
 def teacher_pipeline(folder, **scheduler):
@@ -197,10 +193,9 @@ def teacher_pipeline(folder, **scheduler):
 def model_folder(tmp_path_factory):
     """vae/, text_encoder/, tokenizer/, unet/ (a teacher), student/, scheduler/, reward/ and
     latent_rm/. Read only: copy it to change it."""
-    from transformers import CLIPTokenizer
-
     from latent_rm import LatentRM, LatentRMConfig
     from reward import PocketReward
+    from support.tokenizer import Tokenizer
     from unet import UNet as Net, UNetConfig
     from vae import VAE as AutoEncoder, VAEConfig
     torch.manual_seed(0)
@@ -211,10 +206,10 @@ def model_folder(tmp_path_factory):
     randomize(Net(UNetConfig(**UNET))).save_pretrained(folder / "unet")
     student = Net(UNetConfig(**UNET, time_cond_proj_dim=256))
     randomize(student, seed=1).save_pretrained(folder / "student")
-    reward = PocketReward(CLIP, CLIPTokenizer.from_pretrained(folder / "tokenizer"))
+    tokenizer = Tokenizer.from_pretrained(folder / "tokenizer")
+    reward = PocketReward(CLIP, tokenizer)
     randomize(reward).save_pretrained(folder / "reward")
-    latent_rm = LatentRM(
-        LatentRMConfig(**LATENT_RM), CLIPTokenizer.from_pretrained(folder / "tokenizer"))
+    latent_rm = LatentRM(LatentRMConfig(**LATENT_RM), tokenizer)
     randomize(latent_rm).save_pretrained(folder / "latent_rm")
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({

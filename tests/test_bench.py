@@ -1,11 +1,13 @@
 import json
+import subprocess
 
 import pytest
 import torch
 
 import bench
-from conftest import agree, call
+from conftest import agree, call, rand
 from pipeline import Pipeline
+from support import peers
 from train import Config
 from unet import UNet
 from vae import VAE
@@ -17,14 +19,20 @@ def run(capsys, *argv):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def test_last_line_is_one_json_document_with_every_part_and_diffusers_beside_it(capsys):
-    rows = run(capsys, "--against", "diffusers")["rows"]
+def test_last_line_is_one_json_document_with_every_part_and_the_peers_beside_it(capsys):
+    document = run(capsys, "--against", "diffusers,published")
+    rows, peak = document["rows"], document["peak_tflop_per_s"]
     assert list(rows) == list(bench.ROWS)
     for name, row in rows.items():
         assert 0 < row["min"] <= row["median"] <= row["max"] and row["first"] > 0
+        for peer in {"diffusers", "published"} & row.keys():
+            ratio = row[peer]["median"] / row["median"]
+            assert row[peer]["ratio"] == pytest.approx(ratio)
         if name != "optimizer":
-            ratio = row["diffusers"]["median"] / row["median"]
-            assert row["tflop"] > 0 and row["ratio"] == pytest.approx(ratio)
+            assert row["tflop"] / max(peak.values()) <= row["limit"] * 1.001
+            assert row["tflop"] > 0 and "diffusers" in row
+    assert {name for name, row in rows.items() if "published" in row} == {
+        "training_step", "reward_direct", "optimizer"}
     assert rows["picture"]["tflop"] > 2 * rows["unet"]["tflop"] + rows["vae_decode"]["tflop"]
     # student 3 (forward and backward), teacher 2 (guidance), target 1
     assert rows["training_step"]["tflop"] > 5.5 * rows["unet"]["tflop"]
@@ -46,6 +54,43 @@ def test_diffusers_is_given_the_same_work(model_folder):
         agree(ours[name](), theirs[name]())
 
 
+def test_the_published_order_of_work_gives_the_same_loss(model_folder):
+    """Two passes of the teacher are the same numbers as one of both."""
+    unet = UNet.from_pretrained(model_folder / "unet").requires_grad_(False)
+    inputs = rand(4, 4, 8, 8), torch.tensor([999, 19, 5, 7]), rand(4, 7, 32)
+    agree(peers.DiffusersUNet(unet, passes=2)(*inputs), unet(*inputs))
+
+
+@pytest.mark.slow
+def test_openvino_is_given_the_same_work(model_folder):
+    pytest.importorskip("openvino")
+    args = bench.Config(batch=2, rows=())
+    model = Pipeline.from_pretrained(model_folder, torch.device("cpu"), torch.float32)
+    unet = UNet.from_pretrained(model_folder / "student").requires_grad_(False)
+    torch.manual_seed(0)
+    ours = bench.work(args, model, unet, None)
+    torch.manual_seed(0)
+    theirs = bench.openvino_work(args, model, unet)
+    agree(ours["picture"](), theirs["picture"]())  # its noise comes from its seeds
+
+
+def test_a_sweep_fits_how_time_grows(capsys, monkeypatch):
+    def fake(command, **_):
+        value = int(command[-1].rpartition("=")[2])
+        assert command[2:-1] == ["--rows=unet", "--precision=fp32"] and "--batch=" in command[-1]
+        row = {"median": 0.1 * value ** 0.9}
+        document = json.dumps({"rows": {"unet": row}, "peak_gib": 2.0 * value ** 0.5})
+        return subprocess.CompletedProcess(command, 0, "noise\n" + document + "\n", "")
+
+    monkeypatch.setattr(bench.subprocess, "run", fake)
+    assert call(bench.main, "--rows", "unet", "--precision", "fp32", "--batch", 4,
+                "--sweep", "batch") == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]["unet"]
+    assert found["exponents"]["median"] == pytest.approx(0.9)
+    assert found["exponents"]["peak_gib"] == pytest.approx(0.5)
+    assert list(found) == ["1", "2", "4", "8", "exponents"]
+
+
 def test_some_rows_can_be_chosen_and_unknown_ones_are_refused(capsys):
     assert list(run(capsys, "--rows", "unet,text_encode")["rows"]) == ["unet", "text_encode"]
     assert call(bench.main, "--rows", "unet,warp") == 2 and "warp" in capsys.readouterr().err
@@ -56,7 +101,8 @@ def test_what_runs_without_gradient_is_counted_in_full():
     x = torch.randn(3, 5, 16)
     with torch.no_grad():
         without = bench.count_tflop(lambda: tower(x))
-    assert without == bench.count_tflop(lambda: tower(x)) > 0
+    assert without == bench.count_tflop(lambda: tower(x)) and without["product"] > 0
+    assert without["convolution"] == 0
     assert torch.backends.mha.get_fastpath_enabled()
 
 
@@ -75,7 +121,7 @@ def test_at_sd21_size_the_student_pays_2_percent_for_the_proxy_and_the_expert_th
         reward.looked = True  # no numbers there
         args = Config(grad_checkpoint=grad_checkpoint)
         calls = bench.reward_work(model, reward, latent_rm, z, ["x"], args)
-        return {name: bench.count_tflop(call) for name, call in calls.items()}
+        return {name: sum(bench.count_tflop(call).values()) for name, call in calls.items()}
 
     tflop, recomputed = count(False), count(True)["reward_direct"]
     direct, latent, student = (tflop[f"reward_{name}"] for name in ("direct", "latent", "student"))

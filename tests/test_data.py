@@ -441,3 +441,12 @@ def test_names_with_dots_go_together_up_to_the_last_one(tmp_path):
     members += [("v1.0/a.seg.png", random_png(1))]  # a mask, which is no sample
     shards = Shards(write_shard(tmp_path / "a.tar", members), 8)
     assert captions_of(shards) == ["one", "two", "three"]
+
+
+def test_pictures_travel_as_bytes_and_arrive_as_load_picture_gives_them(shard):
+    shards = Shards(shard, 32)
+    (tensors, captions), = batches(shards, 0, 0, 1, 8)
+    assert tensors.dtype == torch.uint8 and tensors.shape == (8, 3, 32, 32)
+    by_caption = dict(zip(captions, data.as_input(tensors)))
+    for image, caption in shards.first(8):
+        assert image.dtype == torch.float32 and torch.equal(by_caption[caption], image)

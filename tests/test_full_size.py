@@ -8,12 +8,11 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from conftest import ROOT, memory_of_loading
-from support import single_file
-from support.weights import WEIGHTS, load_tokenizer
-from text_encoder import TextEncoder
+from support.tokenizer import built_in, write_tokenizer
+from support.weights import WEIGHTS
+from text_encoder import TextEncoder, TextTower
 from unet import UNet, UNetConfig
 from vae import VAE
 
@@ -27,10 +26,9 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sd21")
     UNet(UNetConfig(time_cond_proj_dim=256)).save_pretrained(folder / "unet", dtype=torch.float16)
     VAE().save_pretrained(folder / "vae", dtype=torch.float16)
-    text = CLIPTextModel(CLIPTextConfig(**single_file.CONFIGS["sd2"]["text_encoder"]))
-    text_encoder = TextEncoder(text, single_file.tokenizer("sd2", load_tokenizer))
+    text_encoder = TextEncoder(TextTower(), built_in("sd2"))
     text_encoder.save_pretrained(folder, dtype=torch.float16)
-    single_file.write_tokenizer(folder / "tokenizer", "sd2")
+    write_tokenizer(folder / "tokenizer", "sd2")
     (folder / "scheduler").mkdir()
     scheduler = {"_class_name": "LCMScheduler", "prediction_type": "epsilon"}
     (folder / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler))

@@ -9,7 +9,6 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTokenizer
 
 import data
 import latent_rm as script
@@ -24,6 +23,7 @@ from latent_rm import (
     retrieval,
 )
 from support import cli
+from support.tokenizer import Tokenizer
 from support.weights import WEIGHTS, InputError
 
 TINY = LatentRMConfig(**LATENT_RM)
@@ -147,7 +147,7 @@ def test_gradient_reaches_the_lrm_scores_only(kind):
 @pytest.fixture
 def saved(model_folder, tmp_path):
     torch.manual_seed(0)
-    latent_rm = randomize(LatentRM(TINY, CLIPTokenizer.from_pretrained(model_folder / "tokenizer")))
+    latent_rm = randomize(LatentRM(TINY, Tokenizer.from_pretrained(model_folder / "tokenizer")))
     latent_rm.save_pretrained(tmp_path / "latent_rm")
     return latent_rm.eval(), tmp_path / "latent_rm"
 
@@ -174,7 +174,7 @@ def test_the_tokenizer_may_lie_beside_the_folder(saved, model_folder):
 @pytest.mark.parametrize("size", [100, 5000])
 def test_the_tokenizer_of_another_tower_is_refused(size, model_folder, tmp_path):
     config = LatentRMConfig(**LATENT_RM | {"vocab_size": size})
-    tokenizer = CLIPTokenizer.from_pretrained(model_folder / "tokenizer")
+    tokenizer = Tokenizer.from_pretrained(model_folder / "tokenizer")
     LatentRM(config, tokenizer).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=f"4096 tokens.*vocab_size {size}"):
         LatentRM.from_pretrained(tmp_path)
@@ -217,9 +217,8 @@ def test_the_text_tower_of_a_clip_file_is_taken_whole(suffix, saved, clip_file):
     latent_rm, (file, clip) = saved[0], clip_file(suffix=suffix)
     before = latent_rm.visual.state_dict()
     latent_rm.read_text_tower(file)
-    tokens = latent_rm.tokenizer(
-        ["a red apple", "rocket", ""], padding="max_length", max_length=32, return_tensors="pt")
-    theirs = clip.eval().encode_text(tokens.input_ids, normalize=True)
+    ids = latent_rm.tokenizer(["a red apple", "rocket", ""])
+    theirs = clip.eval().encode_text(ids, normalize=True)
     agree(text_of(latent_rm), theirs, 1e-5)
     after = latent_rm.visual.state_dict()
     assert all(torch.equal(before[key], value) for key, value in after.items())

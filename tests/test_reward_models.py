@@ -24,6 +24,7 @@ from transformers import (
     CLIPImageProcessor,
     CLIPModel,
     CLIPProcessor,
+    CLIPTokenizer,
 )
 
 import reward as rewards
@@ -33,7 +34,8 @@ from pipeline import grid
 from reward import load_reward
 from support import single_file
 from support.reward_weights import AsOpenClip, parameters_on_meta
-from support.weights import InputError, load_tokenizer
+from support.tokenizer import write_tokenizer
+from support.weights import InputError
 
 DATA = Path(__file__).parent / "data"
 TINY = {
@@ -188,9 +190,9 @@ def test_pickscore_equals_transformers_on_png_files(size, files, tmp_path):
     paths = [tmp_path / f"{i}.png" for i in range(3)]
     for i, path in enumerate(paths):
         sheet.crop((7 + 60 * i, 5, 7 + 60 * i + size[1], 5 + size[0])).save(path)
-    single_file.write_tokenizer(tmp_path, "sd1")
+    write_tokenizer(tmp_path, "sd1")
     pixels = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    processor = CLIPProcessor(pixels, load_tokenizer(tmp_path))
+    processor = CLIPProcessor(pixels, CLIPTokenizer.from_pretrained(tmp_path))
     inputs = processor(
         text=PROMPTS, images=[Image.open(p) for p in paths], padding="max_length",
         truncation=True, max_length=77, return_tensors="pt")

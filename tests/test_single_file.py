@@ -7,9 +7,9 @@ import pytest
 import torch
 from diffusers.loaders import single_file_utils as reference
 from safetensors.torch import load, load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel
 
 import export
+import text_encoder
 from conftest import (
     TEXT,
     UNET,
@@ -25,8 +25,9 @@ from conftest import (
 )
 from lcm_solver import ScheduleConfig
 from support import single_file
-from support.weights import InputError, load_tokenizer
-from text_encoder import TextEncoder
+from support.tokenizer import Tokenizer, built_in
+from support.weights import InputError
+from text_encoder import TextConfig, TextEncoder, TextTower
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
@@ -51,7 +52,8 @@ def teacher(kind, model_copy, monkeypatch):
         "text_encoder": TEXT | text | {"model_type": "clip_text_model"},
     }
     monkeypatch.setattr(single_file, "CONFIGS", {kind: configs})
-    monkeypatch.setattr(single_file, "tokenizer", lambda kind, load: load(model_copy / "tokenizer"))
+    monkeypatch.setattr(
+        text_encoder, "built_in", lambda kind: Tokenizer.from_pretrained(model_copy / "tokenizer"))
     return model_copy
 
 
@@ -103,7 +105,7 @@ def full_size_keys(kind):
         modules = {
             "unet": UNet(UNetConfig(**fix(configs["unet"]))),
             "vae": VAE(VAEConfig(**fix(configs["vae"]))),
-            "text_encoder": CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])),
+            "text_encoder": TextTower(TextConfig.of(configs["text_encoder"], kind)),
         }
     keys = set()
     for name, module in modules.items():
@@ -146,7 +148,7 @@ def test_known_names_of_the_published_files_are_met(kind):
 
 def test_the_text_towers_norms_have_clips_eps(kind, model_folder):
     with torch.device("meta"):
-        tower = CLIPTextModel(CLIPTextConfig(**single_file.CONFIGS[kind]["text_encoder"]))
+        tower = TextTower(TextConfig.of(single_file.CONFIGS[kind]["text_encoder"], kind))
     for model in (tower, TextEncoder.from_pretrained(model_folder).model):
         assert set(norm_eps(model).values()) == {1e-5}
 
@@ -283,12 +285,11 @@ def test_sd1_predicts_epsilon_unless_its_name_has_the_word_vpred(name, expected,
 
 @pytest.mark.parametrize("pad, kind", [(0, "sd2"), (49407, "sd1")])
 def test_the_built_in_tokenizer_gives_clips_ids(pad, kind):
-    tokenizer = single_file.tokenizer(kind, load_tokenizer)
+    tokenizer = built_in(kind)
     clip = open_clip.get_tokenizer("ViT-H-14")
     prompts = ["a red apple", "Don't  panic: 42 caf\u00e9s.",
                "a photo of an astronaut riding a horse on mars, 8k", ""]
-    ours = torch.tensor(tokenizer(prompts, padding="max_length", truncation=True).input_ids)
-    theirs = clip(prompts)  # padded with 0
+    ours, theirs = tokenizer(prompts), clip(prompts)  # theirs is padded with 0
     end = (theirs == 49407).int().argmax(dim=1)
     for mine, reference_ids, n in zip(ours, theirs, end):
         assert torch.equal(mine[:n + 1], reference_ids[:n + 1]) and (mine[n + 1:] == pad).all()

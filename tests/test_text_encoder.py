@@ -29,7 +29,7 @@ def test_equals_transformers_last_hidden_state(activation, model_copy):
 def test_prompts_are_padded_and_cut_to_the_tokenizers_length(model_folder):
     encoder = TextEncoder.from_pretrained(model_folder)
     end = encoder.tokenizer.eos_token_id
-    short, empty, long = encoder.tokenize(PROMPTS).tolist()
+    short, empty, long = encoder.tokenizer(PROMPTS).tolist()
     assert len(short) == len(empty) == len(long) == 32
     assert empty[1:] == [end] * 31 and short[-1] == end and long.count(end) == 1 and long[-1] == end
     assert encoder(PROMPTS).shape == (3, 32, 32)
@@ -54,7 +54,7 @@ def test_saving_in_half_precision_leaves_integers_alone(model_folder, tmp_path):
     encoder.model.register_buffer("position_ids", torch.arange(3000))  # as older files have them
     encoder.save_pretrained(tmp_path, dtype=torch.float16)
     state = load_file(tmp_path / "text_encoder" / "model.safetensors")
-    assert state.pop("position_ids").tolist() == list(range(3000))
+    assert state.pop("text_model.position_ids").tolist() == list(range(3000))
     assert {tensor.dtype for tensor in state.values()} == {torch.float16}
 
 

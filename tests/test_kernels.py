@@ -1,0 +1,189 @@
+"""The CPU's faster ways give the same numbers, and change nothing else."""
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from conftest import UNET, agree, agree_by_name, rand, randomize, same_weights
+from support import kernels
+from support.kernels import PackedConv2d, attention, compile_blocks, prepare_for_inference
+from unet import ResnetBlock, Transformer, UNet, UNetConfig
+
+INPUTS = rand(2, 4, 8, 8), torch.tensor([999, 19]), rand(2, 7, 32, seed=1)
+
+
+def new_unet():
+    return randomize(UNet(UNetConfig(**UNET))).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def pair():
+    """A UNet as it is and the same prepared, which has drawn once."""
+    plain = new_unet()
+    prepared = prepare_for_inference(copy.deepcopy(plain))
+    prepared(*INPUTS)
+    assert all(m.packed[1] is not None for m in prepared.modules() if hasattr(m, "pack"))
+    return plain, prepared
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spread", [1, 8])
+@pytest.mark.parametrize("queries, keys", [(600, 600), (600, 77), (1, 5)])
+def test_bf16_attention_in_slices_is_as_near_to_float32_as_pytorchs(queries, keys, spread):
+    q, k, v = (rand(2, 3, length, 64, seed=i).bfloat16()
+               for i, length in enumerate((queries, keys, keys)))
+    q = q * spread
+    exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    errors = [(way(q, k, v).float() - exact).abs().mean()
+              for way in (attention, F.scaled_dot_product_attention)]
+    assert errors[0] <= 1.5 * errors[1]
+
+
+def test_attention_with_a_gradient_is_pytorchs(monkeypatch):
+    q, k, v = (rand(1, 2, 9, 8, seed=i).bfloat16().requires_grad_() for i in range(3))
+    attention(q, k, v).sum().backward()
+    ours = [x.grad.clone() for x in (q, k, v)]
+    q.grad = k.grad = v.grad = None
+    F.scaled_dot_product_attention(q, k, v).sum().backward()
+    assert all(torch.equal(mine, x.grad) for mine, x in zip(ours, (q, k, v)))
+
+
+def test_a_prepared_network_gives_the_same_pictures_from_the_same_state(pair):
+    plain, prepared = pair
+    agree(prepared(*INPUTS), plain(*INPUTS), 1e-5)
+    agree(prepared(rand(3, 4, 9, 5), torch.tensor([1, 2, 3]), rand(3, 7, 32)),  # another shape
+          plain(rand(3, 4, 9, 5), torch.tensor([1, 2, 3]), rand(3, 7, 32)), 1e-5)
+    assert same_weights(plain, prepared)
+    assert [n for n, _ in plain.named_parameters()] == [n for n, _ in prepared.named_parameters()]
+
+
+def test_a_prepared_network_saves_and_loads_as_ever(pair, tmp_path):
+    plain, prepared = pair
+    prepared.save_pretrained(tmp_path)
+    assert same_weights(UNet.from_pretrained(tmp_path), plain)
+    again = copy.deepcopy(prepared)
+    assert all(m.packed is None for m in again.modules() if hasattr(m, "pack"))
+    agree(again(*INPUTS), plain(*INPUTS), 1e-5)
+
+
+def moved(network):
+    with torch.no_grad():
+        for p in network.parameters():
+            p += 0.01
+
+
+def replaced(network):
+    network.load_state_dict({k: v + 0.01 for k, v in network.state_dict().items()})
+
+
+def assigned(network):
+    network.load_state_dict({k: v + 0.01 for k, v in network.state_dict().items()}, assign=True)
+
+
+def merged(network):
+    with torch.no_grad():
+        for p in network.parameters():
+            p.copy_(p + 0.01 * rand(*p.shape))
+
+
+@pytest.mark.parametrize("change", [moved, replaced, assigned, merged])
+def test_a_weight_that_changes_is_packed_anew(pair, change):
+    plain, prepared = pair
+    before = prepared(*INPUTS)
+    change(plain)
+    change(prepared)
+    agree(prepared(*INPUTS), plain(*INPUTS), 1e-5)
+    assert (prepared(*INPUTS) - before).abs().max() > 1e-3
+
+
+def test_a_prepared_network_in_another_precision_follows(pair):
+    plain, prepared = (network.bfloat16() for network in pair)
+    agree(prepared(*INPUTS).float(), plain(*INPUTS).float(), 0.02)
+    assert any(m.packed[1] is not None and m.packed[0][2] == torch.bfloat16
+               for m in prepared.modules() if hasattr(m, "pack"))
+
+
+def test_a_prepared_network_trains_as_ever(pair):
+    plain, prepared = (network.requires_grad_() for network in pair)
+    gradients = []
+    for network in (plain, prepared):
+        network(*INPUTS).square().mean().backward()
+        gradients.append({n: p.grad for n, p in network.named_parameters()})
+    agree_by_name(gradients[1], gradients[0])
+
+
+def test_a_prepared_network_gives_its_input_a_gradient():
+    layer = PackedConv2d(3, 4, 3).requires_grad_(False)
+    x = rand(1, 3, 8, 8).requires_grad_()
+    layer(x).sum().backward()
+    assert x.grad.abs().max() > 0
+
+
+def test_autocast_computes_in_its_own_precision(pair):
+    plain, prepared = pair
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(prepared(*INPUTS), plain(*INPUTS))
+
+
+def test_a_prepared_network_compiles(pair):
+    plain, prepared = pair
+    prepared.compile(backend="eager", fullgraph=True)
+    agree(prepared(*INPUTS), plain(*INPUTS), 1e-5)
+
+
+@pytest.mark.parametrize("error", [AttributeError, RuntimeError])
+def test_without_the_private_operators_the_plain_way_remains(monkeypatch, error):
+    def gone(self, x):
+        raise error("no such operator")
+
+    plain = new_unet()
+    prepared = prepare_for_inference(copy.deepcopy(plain))
+    for kind in kernels.PACKED.values():
+        monkeypatch.setattr(kind, "pack", gone)
+    assert torch.equal(prepared(*INPUTS), plain(*INPUTS))
+
+
+@torch.no_grad()
+def test_in_bf16_we_are_no_farther_from_float32_than_diffusers(tmp_path):
+    from diffusers import UNet2DConditionModel
+    exact = new_unet()
+    exact.save_pretrained(tmp_path)
+    ours = prepare_for_inference(UNet.from_pretrained(tmp_path, dtype=torch.bfloat16))
+    theirs = UNet2DConditionModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    z, t, context = INPUTS
+    error = lambda out: (out.float() - exact(*INPUTS)).square().mean().sqrt()
+    assert error(ours(*INPUTS)) <= 1.1 * error(theirs(z.bfloat16(), t, context.bfloat16()).sample)
+
+
+class Count:
+    """A backend of torch.compile that counts what it is given."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return graph.forward
+
+
+def test_compiled_blocks_of_one_shape_are_compiled_once_and_change_nothing():
+    torch._dynamo.reset()
+    plain, backend = new_unet().requires_grad_(), Count()
+    compiled = copy.deepcopy(plain)
+    compile_blocks(compiled, (ResnetBlock, Transformer), backend=backend, fullgraph=True)
+    blocks = [m for m in plain.modules() if isinstance(m, (ResnetBlock, Transformer))]
+    shapes = set()
+    for block in blocks:
+        block.register_forward_hook(
+            lambda m, i, o: shapes.add((type(m), i[0].shape, o.shape)))
+    gradients = []
+    for network in (plain, compiled):
+        out = network(*INPUTS)
+        out.square().mean().backward()
+        gradients.append((out, {n: p.grad for n, p in network.named_parameters()}))
+    assert 8 < backend.graphs == len(shapes) < len(blocks)
+    agree(gradients[1][0], gradients[0][0], 1e-5)
+    agree_by_name(gradients[1][1], gradients[0][1])
+    compiled(*INPUTS)
+    assert backend.graphs == len(shapes)
