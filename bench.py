@@ -390,7 +390,8 @@ def training_networks(args, rank, path, device, dtype):
     if args.size == "sd21":
         model, unet = random_model(device, dtype)
     else:
-        model, unet, _ = load(args, torch.device("cpu"), dtype)
+        model, unet, _ = load(
+            args, torch.device("cpu") if device.type == "meta" else device, dtype)
     side = args.resolution // model.vae.factor
     with device:
         plain = dataclasses.replace(unet.config, time_cond_proj_dim=None, sample_size=side)

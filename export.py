@@ -26,7 +26,8 @@ import torch
 from safetensors.torch import save_file
 
 from lcm_solver import ScheduleConfig
-from lora import W_PROJECTION, LoRA, merged
+from lora import W_PROJECTION, LoRA
+from pipeline import merged
 from support import lora_files, single_file
 from support.cli import POCKET, make_folder, option, parse, require, run
 from support.tokenizer import write_tokenizer
@@ -172,7 +173,7 @@ def export_lora(teacher, loras, scales, file, layout, dtype):
     facts = lora_files.facts(loras)
     unet = UNet.from_pretrained(teacher, facts["time_cond_proj_dim"])
     lora = LoRA.from_pretrained(loras[0], unet).set_scale(scales[0])
-    require(layout == "diffusers" or W_PROJECTION not in lora.names,
+    require(layout == "diffusers" or W_PROJECTION not in lora.updates,
             f"{loras[0]}: has a guidance embedding, for which A1111 and ComfyUI have no place; "
             "train with --no-w-embed, or leave --layout out")
     lora_files.write(lora, file, layout, dtype)

@@ -1,8 +1,8 @@
 """Low-rank updates of a UNet (LoRA, arXiv 2106.09685): W x + scale * alpha / rank * B A x.
 
-The UNet's own layers stay where and as they are: each chosen one has a forward hook that adds
-its update. All updates of a UNet are one module, `unet.lora`, which is what trains and is saved. So
-one set of frozen weights serves several UNets (`sharing`), with other updates each, or none:
+The UNet's own weights stay where and as they are: each chosen layer adds its update to what it
+gives. All updates of a UNet together are `unet.lora`, which is what trains and is saved. So one set
+of frozen weights serves several UNets (`sharing`), with other updates each, or none:
 
     teacher = UNet.from_pretrained(MODEL, dtype=torch.bfloat16)
     student, target = sharing(teacher), sharing(teacher)
@@ -44,18 +44,24 @@ class Update(nn.Module):
         return self.scale * self.alpha / len(self.A)
 
     def forward(self, x):
-        A, B = self.A.to(x.dtype), self.B.to(x.dtype)
+        A, B = self.A.to(x.dtype), self.factor * self.B.to(x.dtype)
         if A.ndim == 2:
-            return self.factor * F.linear(F.linear(x, A), B)
-        return self.factor * F.conv2d(F.conv2d(x, A, **self.like), B)
+            return F.linear(F.linear(x, A), B)
+        return F.conv2d(F.conv2d(x, A, **self.like), B)
 
     def matrix(self):
         """-> what merging adds to the weight, of its shape, in float32."""
         A, B = self.A.float(), self.B.float()
         return self.factor * (B.flatten(1) @ A.flatten(1)).unflatten(1, A.shape[1:])
 
-    def hook(self, layer, inputs, output):
-        return output + self(inputs[0])
+
+class Updated:
+    def forward(self, x):
+        return super().forward(x) + self.lora(x)
+
+
+UPDATED = {kind: type(f"Updated{kind.__name__}", (Updated, kind), {})
+           for kind in (nn.Linear, nn.Conv2d)}
 
 
 class LoRA(nn.Module):
@@ -64,9 +70,8 @@ class LoRA(nn.Module):
 
     def __init__(self, updates, facts):
         super().__init__()
-        self.names, self.facts = tuple(updates), facts
-        # a module's name has no dots
-        self.layers = nn.ModuleDict({name.replace(".", "_"): u for name, u in updates.items()})
+        self.updates, self.facts = updates, facts
+        self.layers = nn.ModuleList(updates.values())
         if W_PROJECTION in updates:
             updates[W_PROJECTION].A.requires_grad_(False)
 
@@ -97,27 +102,25 @@ class LoRA(nn.Module):
         return cls({name: Update(layers[name], *update) for name, update in found.updates.items()},
                    found.facts)
 
-    def items(self):
-        return zip(self.names, self.layers.values())
-
     def set_scale(self, scale):
         """1 in training; 0 is the frozen UNet, and between them lies what is between the two."""
-        for update in self.layers.values():
+        for update in self.layers:
             update.scale = scale
         return self
 
     def attach(self, unet):
-        """Add the updates to the outputs of the frozen `unet`, as its module `lora`. -> unet"""
-        for name, update in self.items():
-            unet.get_submodule(name).register_forward_hook(update.hook)
+        """Let the layers of `unet`, whose weights freeze, add the updates. -> unet"""
         unet.requires_grad_(False).lora = self
+        for name, update in self.updates.items():
+            layer = unet.get_submodule(name)
+            layer.__class__, layer.lora = UPDATED[type(layer)], update
         return unet
 
     @torch.no_grad()
     def merge(self, unet):
         """Add the updates to the weights of `unet`, to which they are not attached. These become
         new tensors, so that a UNet which shares the old ones keeps them. -> unet"""
-        for name, update in self.items():
+        for name, update in self.updates.items():
             layer = unet.get_submodule(name)
             weight = layer.weight.float() + update.matrix()
             layer.weight = nn.Parameter(weight.to(layer.weight.dtype), layer.weight.requires_grad)
@@ -145,15 +148,3 @@ def sharing(unet, **changes):
         state[name] = unet.conv_in.weight.new_zeros(other.get_parameter(name).shape)
     other.load_state_dict(state, assign=True)
     return other.requires_grad_(False).eval()
-
-
-def merged(path, files, scales, dtype=None, device=None, student=True):
-    """The UNet of `path` with LoRA files merged at these scales. It is a student (Pipeline.check)
-    if one of them says so, or `student`, since published LCM-LoRAs say nothing: of 50 points."""
-    facts = lora_files.facts(files)
-    unet = UNet.from_pretrained(path, facts.pop("time_cond_proj_dim"), dtype, device, **facts)
-    if student and unet.config.lcm_grid is None:
-        unet.config = dataclasses.replace(unet.config, lcm_grid=50)
-    for file, scale in zip(files, scales):
-        LoRA.from_pretrained(file, unet).set_scale(scale).merge(unet)
-    return unet

@@ -2,14 +2,15 @@
 images and PNG files."""
 import math
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from lcm_solver import NoiseSchedule, ScheduleConfig, draw_noise, sample_ddim, sample_lcm
-from lora import merged
+from lora import LoRA
+from support import lora_files
 from support.cli import autocast, require
 from support.kernels import prepare_for_inference
 from support.weights import whole_file
@@ -109,6 +110,18 @@ class Pipeline:
             latents = self.vae.posterior(part.to(self.device))[0] * self.vae.config.scaling_factor
             decoded.append(self.decode(latents).cpu())
         return torch.cat(decoded)
+
+
+def merged(path, files, scales, dtype=None, device=None, student=True):
+    """The UNet of `path` with LoRA files merged at these scales. It is a student (Pipeline.check)
+    if one of them says so, or `student`, since published LCM-LoRAs say nothing: of 50 points."""
+    facts = lora_files.facts(files)
+    unet = UNet.from_pretrained(path, facts.pop("time_cond_proj_dim"), dtype, device, **facts)
+    if student and unet.config.lcm_grid is None:
+        unet.config = replace(unet.config, lcm_grid=50)
+    for file, scale in zip(files, scales):
+        LoRA.from_pretrained(file, unet).set_scale(scale).merge(unet)
+    return unet
 
 
 def to_pil(image):

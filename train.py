@@ -28,8 +28,8 @@ import data
 import evaluate
 import latent_rm as proxy
 from lcm_solver import DDIMSolver, consistency_function, huber
-from lora import LAYERS, LoRA, Update, merged, sharing
-from pipeline import Pipeline, grid, save_png
+from lora import LAYERS, LoRA, Update, sharing
+from pipeline import Pipeline, grid, merged, save_png
 from reward import Reward, load_reward
 from support import cli, flops, optimizers, processes, runs
 from support.checkpoints import load_optimizer

@@ -216,7 +216,7 @@ def write(lora, file, layout="diffusers", dtype=None):
     None."""
     state, ranks, alphas = {}, {}, {}
     to_file = lambda tensor: tensor.detach().to("cpu", dtype or torch.float32).contiguous()
-    for name, update in lora.items():
+    for name, update in lora.updates.items():
         alphas[name], ranks[name] = update.alpha, len(update.A)
         A, B = to_file(update.A), to_file(update.B * update.scale)
         if layout == "kohya":

@@ -10,17 +10,23 @@ from safetensors.torch import load_file
 from torch import nn
 
 import train
-from conftest import UNET, agree, launch, log, rand, randomize
-from lora import LAYERS, W_PROJECTION, LoRA, Update, layers_of, merged, sharing
+from conftest import UNET, agree, agree_by_name, launch, log, rand, randomize
+from lora import LAYERS, W_PROJECTION, LoRA, Update, layers_of, sharing
+from pipeline import merged
+from support.kernels import compile_blocks
 from support.lora_files import NAME
-from unet import UNet, UNetConfig
+from unet import ResnetBlock, Transformer, UNet, UNetConfig
 
 CONVOLUTIONS = {"use_linear_projection": False}  # SD1.5
 
 
+def frozen_unet(**config):
+    return randomize(UNet(UNetConfig(**UNET | config))).eval().requires_grad_(False)
+
+
 @pytest.fixture(params=[{}, CONVOLUTIONS], ids=["linear", "convolutions"])
 def unet(request):
-    return randomize(UNet(UNetConfig(**UNET | request.param))).eval().requires_grad_(False)
+    return frozen_unet(**request.param)
 
 
 def inputs(rows=2):
@@ -35,7 +41,7 @@ def random_lora(unet, seed=5, **options):
     """Updates as large as if they had been trained."""
     lora = LoRA.new(unet, **{"rank": 3} | options)
     with torch.no_grad():
-        for i, update in enumerate(lora.layers.values()):
+        for i, update in enumerate(lora.layers):
             update.B += 0.2 * rand(*update.B.shape, seed=seed + i)
     return lora
 
@@ -48,7 +54,7 @@ def test_at_step_0_the_student_equals_the_teacher_and_then_not(unet, w_embed):
     LoRA.new(student, 4).attach(student)
     more = (embedding(),) if w_embed else ()
     assert torch.equal(student(*inputs(), *more), unet(*inputs()))
-    for update in student.lora.layers.values():
+    for update in student.lora.layers:
         update.B.data.add_(0.1)
     assert not torch.allclose(student(*inputs(), *more), unet(*inputs()), atol=1e-2)
 
@@ -61,7 +67,7 @@ def test_one_set_of_weights_serves_teacher_student_and_target(unet):
     for name, weight in unet.state_dict().items():
         assert student.state_dict()[name].data_ptr() == weight.data_ptr()
         assert target.state_dict()[name].data_ptr() == weight.data_ptr()
-    frozen = {name for name in student.state_dict() if not name.startswith("lora.")}
+    frozen = {name for name in student.state_dict() if "lora." not in name}
     assert frozen == set(unet.state_dict())
     outputs = [net(*inputs()) for net in (student, unet, target, student)]
     assert torch.equal(outputs[1], before) and torch.equal(outputs[0], outputs[3])
@@ -88,7 +94,7 @@ def test_gradients_reach_only_the_updates(unet):
     student = random_lora(student).attach(student)
     student(*inputs(), embedding()).square().mean().backward()
     for name, p in student.named_parameters():
-        fixed = not name.startswith("lora.") or name == "lora.layers.time_embedding_cond_proj.A"
+        fixed = ".lora." not in name or name == "time_embedding.cond_proj.lora.A"
         assert (p.grad is None) == fixed, name
         assert fixed or p.grad.abs().max() > 0, name
 
@@ -129,12 +135,12 @@ def test_the_layers_are_those_of_the_published_lcm_lora(tmp_path):
     for name, layer in layers_of(unet).items():
         shape = layer.weight.shape
         if name not in ("conv_in", "conv_out", *(f"time_embedding.linear_{i}" for i in (1, 2))):
-            A = torch.zeros(64, *shape[1:], dtype=torch.float16)
-            B = torch.zeros(shape[0], 64, *(1 for _ in shape[2:]), dtype=torch.float16)
+            A = torch.zeros(64, *shape[1:], device="meta")
+            B = torch.zeros(shape[0], 64, *(1 for _ in shape[2:]), device="meta")
             updates[name] = Update(layer, A, B, 64)
     assert len(updates) == 278
     assert [name for name in layers_of(unet) if re.search(LAYERS["all"], name)] == [*updates]
-    lora = LoRA(updates, {})
+    lora = LoRA(updates, {}).half().to_empty(device="cpu")
     assert sum(p.numel() for p in lora.parameters()) == 67_252_224
     lora_files.write(lora, tmp_path / "x.safetensors", "kohya", torch.float16)
     size = (tmp_path / "x.safetensors").stat().st_size
@@ -142,7 +148,7 @@ def test_the_layers_are_those_of_the_published_lcm_lora(tmp_path):
 
 
 def test_attention_alone_gets_updates_if_asked(unet):
-    names = LoRA.new(sharing(unet), 2, layers="attention").names
+    names = LoRA.new(sharing(unet), 2, layers="attention").updates
     assert len(names) == 7 * 8 and all(".attn1.to_" in n or ".attn2.to_" in n for n in names)
 
 
@@ -171,7 +177,7 @@ def test_a_run_leaves_its_updates_alone(fit, tmp_path, model_folder):
     assert {f.name for f in (out / "checkpoints/step-000004").iterdir()} == {
         "lora", "lora_target", "optimizer.pt", "checksums.json"}
     start = LoRA.new(UNet.from_pretrained(model_folder, 256), 3, 6)
-    for name, update in start.items():
+    for name, update in start.updates.items():
         A, B = (weights(out)[f"unet.{name}.lora_{part}.weight"] for part in "AB")
         moved = (A - update.A).abs().max().item()
         assert B.any() and (moved == 0) == (name == W_PROJECTION)
@@ -181,7 +187,7 @@ def test_target_is_the_moving_average_of_the_updates(fit, tmp_path, model_folder
     assert fit(tmp_path, steps=3, ema=0.8, checkpoint_every=1, keep=3, lora=3) == 0
     start = LoRA.new(UNet.from_pretrained(model_folder, 256), 3)
     target = {f"unet.{name}.lora_{part}.weight": getattr(update, part).detach()
-              for name, update in start.items() for part in "AB"}
+              for name, update in start.updates.items() for part in "AB"}
     for step in (1, 2, 3):
         folder = tmp_path / "checkpoints" / f"step-{step:06d}"
         target = {key: 0.8 * target[key] + 0.2 * value for key, value in weights(folder).items()}
@@ -226,6 +232,30 @@ def test_recomputed_activations_give_the_same_training(fit, tmp_path, model_fold
         same = through(False, model_folder, grad_checkpoint=again)
         assert fit(tmp_path / str(again), **same) == 0
     assert apart(weights(tmp_path / "True"), weights(tmp_path / "False")) <= 1e-5
+
+
+def test_compiled_blocks_are_compiled_once_a_shape_with_updates_too():
+    """As many graphs as without, and the same gradients as without compiling."""
+    from torch._dynamo.utils import counters
+    unet = frozen_unet()
+    inputs_and_w = (*inputs(), embedding())
+    graphs, gradients = [], []
+    for compiled in (True, False):
+        student = sharing(unet, time_cond_proj_dim=256)
+        student = random_lora(student).attach(student)
+        torch._dynamo.reset(), counters.clear()
+        if compiled:
+            compile_blocks(unet, (ResnetBlock, Transformer), backend="aot_eager")
+            unet(*inputs())
+            graphs.append(counters["stats"]["unique_graphs"])
+            torch._dynamo.reset(), counters.clear()
+            compile_blocks(student, (ResnetBlock, Transformer), backend="aot_eager")
+        student(*inputs_and_w).square().mean().backward()
+        graphs.append(counters["stats"]["unique_graphs"])
+        gradients.append({name: p.grad for name, p in student.lora.named_parameters()
+                          if p.grad is not None})
+    assert 0 < graphs[1] <= graphs[0] and graphs[2] == 0
+    agree_by_name(*gradients)
 
 
 @pytest.mark.slow

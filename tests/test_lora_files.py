@@ -16,8 +16,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 import export
 import sample
 from conftest import UNET, agree, call, generators, randomize
-from lora import LoRA, merged, sharing
-from pipeline import Pipeline
+from lora import LoRA, sharing
+from pipeline import Pipeline, merged
 from support import lora_files
 from support.lora_files import NAME
 from test_lora import random_lora
@@ -115,7 +115,7 @@ def test_a_file_of_diffusers_save_lora_weights_draws_the_same_in_ours(teacher, t
     # without metadata alpha is the rank
     pipe.save_lora_weights(tmp_path / "bare", unet_lora_layers=state)
     bare = LoRA.from_pretrained(tmp_path / "bare", mine)
-    assert {update.alpha for _, update in bare.items()} == {4}
+    assert {update.alpha for _, update in bare.updates.items()} == {4}
 
 
 OLD = {"to_q": "processor.to_q_lora", "to_k": "processor.to_k_lora",
@@ -151,11 +151,11 @@ def test_files_of_other_programs_read_the_same(how, teacher, tmp_path):
     student = student_of(teacher, False, alpha=None)
     lora_files.write(student.lora, tmp_path / "ours.safetensors")
     state = renamed(load_file(tmp_path / "ours.safetensors"), how)
-    assert len(state) == 2 * len(student.lora.names)
+    assert len(state) == 2 * len(student.lora.updates)
     save_file(state, tmp_path / "theirs.safetensors")
     found = LoRA.from_pretrained(tmp_path / "theirs.safetensors", UNet.from_pretrained(teacher))
-    assert found.names == student.lora.names
-    for one, two in zip(found.layers.values(), student.lora.layers.values()):
+    assert [*found.updates] == [*student.lora.updates]
+    for one, two in zip(found.layers, student.lora.layers):
         assert torch.equal(one.A, two.A) and torch.equal(one.B, two.B) and one.alpha == two.alpha
 
 
@@ -190,7 +190,7 @@ def test_several_loras_add_up_each_at_its_scale(teacher, tmp_path):
         lora = random_lora(sharing(base), seed=100 * i + 1, rank=2 + i)
         files.append(tmp_path / f"{i}.safetensors")
         lora_files.write(lora, files[-1])
-        for name, update in lora.items():
+        for name, update in lora.updates.items():
             expected[name + ".weight"] += scale * update.matrix().detach()
     both = merged(teacher, files, [0.5, -1.5]).state_dict()
     for name in expected:
@@ -313,7 +313,7 @@ def test_what_a_file_has_for_the_text_encoder_is_left_out_and_said(
     state = load_file(tmp_path / "ours.safetensors") | {key: torch.ones(4, 8)}
     save_file(state, tmp_path / "x.safetensors")
     found = LoRA.from_pretrained(tmp_path / "x.safetensors", UNet.from_pretrained(model_folder))
-    assert found.names == lora.names
+    assert [*found.updates] == [*lora.updates]
     assert "1 tensors for the text encoder are left out" in capsys.readouterr().out
 
 
@@ -324,7 +324,8 @@ def test_rank_alpha_and_facts_survive_the_file(teacher, tmp_path):
         found = LoRA.from_pretrained(
             tmp_path / f"{layout}.safetensors", UNet.from_pretrained(teacher, 256))
         assert found.facts == lora.facts and found.facts["lcm_grid"] == 10
-        for (name, one), (same, two) in zip(lora.items(), found.items(), strict=True):
-            assert name == same and one.alpha == two.alpha
+        assert [*found.updates] == [*lora.updates]
+        for one, two in zip(lora.layers, found.layers):
+            assert one.alpha == two.alpha
             assert torch.equal(one.A, two.A) and torch.equal(one.B, two.B)
-    assert found.layers["time_embedding_cond_proj"].alpha == 256
+    assert found.updates["time_embedding.cond_proj"].alpha == 256
