@@ -416,7 +416,8 @@ def training_networks(args, rank, path, device, dtype):
 
 
 def one_pass(networks, args, batch, grad_checkpoint):
-    """-> a function: forward and backward of so many pictures, all of which are rewarded."""
+    """-> a function: forward and backward of so many pictures, all of which are rewarded, and the
+    decoding of samples."""
     if grad_checkpoint and networks.reward is not None:
         recompute_activations(networks.reward)
     networks.student.checkpointing = grad_checkpoint
@@ -426,7 +427,13 @@ def one_pass(networks, args, batch, grad_checkpoint):
     noise, uniform = torch.zeros(batch, 4, side, side, device=device), torch.zeros(batch)
     draws = noise, noise, uniform.to(device), uniform.to(device)
     images = torch.zeros(batch, 3, args.resolution, args.resolution, device=device)
-    return lambda: step((images, [PROMPT] * batch, draws))[0].backward()
+
+    def call():
+        step((images, [PROMPT] * batch, draws))[0].backward()
+        with torch.no_grad(), cli.autocast(device, networks.model.dtype):
+            networks.model.decode(noise[:8])
+
+    return call
 
 
 def count_of(networks, args, passes):

@@ -202,6 +202,8 @@ def main():
         if (Path(args.run) / "lora_target").is_dir():
             loras = [str(Path(args.run) / "lora_target")]
     scales = lora_files.scales_of(loras, args.lora_scale)
+    require(args.lora or args.layout == "diffusers",
+            f"--layout {args.layout}: of the file that --lora writes; give it too")
     if args.lora:
         file = output_file(args.lora, "--lora")
         export_lora(teacher, loras, scales, file, args.layout, dtype)

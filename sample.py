@@ -127,6 +127,8 @@ def main():
     if args.solver == "lcm":
         # called for its error: a wrong number of steps is refused before any work
         lcm_timesteps(model.schedule, args.steps, unet.config.lcm_grid or 50)
+        if not unet.config.time_cond_proj_dim:
+            print("note: the student has no guidance embedding: it does not read --guidance")
         require(not args.negative, "--negative: a student has no unconditional branch to lead "
                 "away from; it works with --solver ddim")
     else:

@@ -526,7 +526,12 @@ def save_samples(networks, prompts, done, args, rank):
     if rank > 0 and not args.shard:
         return
     w = (args.w_min + args.w_max) / 2
-    images = networks.model.draw(networks.target, prompts, range(len(prompts)), 2, w)
+    parts = []
+    for first in range(0, len(prompts), args.batch_size):  # no more at a time than in training
+        seeds = range(first, min(first + args.batch_size, len(prompts)))
+        some = [prompts[seed] for seed in seeds]
+        parts.append(networks.model.draw(networks.target, some, seeds, 2, w))
+    images = torch.cat(parts)
     file = Path(args.out) / "samples" / f"step-{done:06d}.png"
     if rank == 0:
         save_png(grid(images, 4), file, prompts=" | ".join(prompts), steps=2, guidance=w)

@@ -276,6 +276,31 @@ def test_wrong_input_is_one_line_and_exit_code_2(case, model_folder, tmp_path, c
     assert named in message and "Traceback" not in message
 
 
+EXPORTS = {
+    "kohya with a guidance embedding": (["--merge", "FILE", "--layout", "kohya"], "no place"),
+    "nothing to write": ([], "0 LoRAs to write"),
+    "two": (["--merge", "FILE", "--merge", "FILE"], "2 LoRAs to write"),
+    "another name": (["--merge", "FILE", "--lora", "TMP/x.bin"], ".safetensors"),
+    "a student and its run": (["--run", "MODEL", "--merge", "FILE"], "leave --unet and --merge"),
+}
+
+
+@pytest.mark.parametrize("case", EXPORTS)
+def test_wrong_exports_are_one_line_and_leave_no_file(case, model_folder, tmp_path, capsys):
+    lora_files.write(student_of(model_folder, True).lora, tmp_path / "lora.safetensors")
+    argv, named = EXPORTS[case]
+    places = {"TMP": tmp_path, "FILE": tmp_path / "lora.safetensors", "MODEL": model_folder}
+    for short, path in places.items():
+        argv = [text.replace(short, str(path)) for text in argv]
+    before = sorted(tmp_path.iterdir())
+    assert call(export.main, "--teacher", model_folder, "--lora", tmp_path / "x.safetensors",
+                *argv) == 2
+    assert named in capsys.readouterr().err and sorted(tmp_path.iterdir()) == before
+    assert call(export.main, "--teacher", model_folder, "--out", tmp_path / "out",
+                "--layout", "kohya") == 2
+    assert "give it too" in capsys.readouterr().err
+
+
 def test_a_lora_of_another_architecture_is_refused_by_name(model_folder, tmp_path, capsys):
     def refused(state, *named):
         save_file(state, tmp_path / "x.safetensors")
