@@ -201,7 +201,8 @@ def in_pairs(expert_scores, lrm_scores):
     return expert_scores[:, pairs], lrm_scores[:, pairs]
 
 
-def preference_loss(expert_scores, lrm_scores, tau=1.0, tau_lrm=1.0, kind="kl"):
+def preference_loss(
+        expert_scores, lrm_scores, tau=1.0, tau_lrm=1.0, kind="kl", privileged=False):
     """How far the LRM's preference in each pair of candidates is from the expert's (eq. 11).
 
     expert_scores, lrm_scores: [B, K], K >= 2 candidates for the same prompt. For each of the
@@ -211,6 +212,10 @@ def preference_loss(expert_scores, lrm_scores, tau=1.0, tau_lrm=1.0, kind="kl"):
         ce    the cross-entropy on the candidate that the expert prefers, and on both alike where
               it prefers none
 
+    privileged: the last candidate is a real picture, to which the LRM is not to learn to prefer
+    another: where the expert does, kl takes both alike, and ce the real one. (The published code,
+    train_lcm_distill_sd_wds.py: --smooth_gt_label for kl, always for cross_entropy.)
+
     Mean over the batch, summed over pairs; the gradient reaches lrm_scores only.
     """
     require(kind in ("kl", "ce"), f"kind {kind!r}: expected kl or ce")
@@ -219,10 +224,16 @@ def preference_loss(expert_scores, lrm_scores, tau=1.0, tau_lrm=1.0, kind="kl"):
     expert, lrm = in_pairs(expert_scores.detach().float(), lrm_scores.float())  # [B, pairs, 2]
     log_q = F.log_softmax(lrm / tau_lrm, dim=-1)
     if kind == "ce":
-        chosen = ((expert - expert.flip(-1)).sign() + 1) / 2  # 1 and 0, or 1/2 and 1/2
-        return -(chosen * log_q).sum(-1).mean(0).sum()
-    log_p = F.log_softmax(expert / tau, dim=-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1).mean(0).sum()
+        p = ((expert - expert.flip(-1)).sign() + 1) / 2  # 1 and 0, or 1/2 and 1/2
+    else:
+        p = F.softmax(expert / tau, dim=-1)
+    if privileged:
+        last = torch.triu_indices(*[expert_scores.shape[1]] * 2, 1)[1] == expert_scores.shape[1] - 1
+        wrong = last.to(expert.device) & (expert[..., 0] >= expert[..., 1])  # [B, pairs]
+        instead = expert.new_tensor([0.0, 1.0] if kind == "ce" else [0.5, 0.5])
+        p = torch.where(wrong[..., None], instead, p)
+    entropy = torch.special.entr(p) if kind == "kl" else torch.zeros_like(p)
+    return -(p * log_q + entropy).sum(-1).mean(0).sum()
 
 
 def preference_accuracy(expert_scores, lrm_scores):

@@ -6,14 +6,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
 
 from lcm_solver import NoiseSchedule, ScheduleConfig, draw_noise, sample_ddim, sample_lcm
 from lora import LoRA
 from support import lora_files
 from support.cli import autocast, require
 from support.kernels import prepare_for_inference
-from support.weights import whole_file
+from support.pictures import save_png as save_png, to_pil
 from text_encoder import TextEncoder
 from unet import UNet
 from vae import VAE
@@ -124,11 +123,6 @@ def merged(path, files, scales, dtype=None, device=None, student=True):
     return unet
 
 
-def to_pil(image):
-    """[3,H,W] in [0,1] -> PIL image."""
-    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).cpu().numpy())
-
-
 def grid(images, columns):
     """[N,3,H,W] in [0,1] -> one PIL image of the pictures in rows of `columns`, on white."""
     n, _, h, w = images.shape
@@ -160,12 +154,3 @@ def labelled_grid(images, row_names, captions, scale=1):
         draw.multiline_text((left - 8, top + (i + 0.5) * h), name, "black", font, anchor="rm",
                             align="right")
     return sheet
-
-
-def save_png(image, file, **text):
-    """Write a PIL image to the Path `file`, with `text` in its metadata. The file appears whole."""
-    info = PngInfo()
-    for key, value in text.items():
-        info.add_itxt(key, str(value))
-    with whole_file(file) as new:
-        image.save(new, "PNG", pnginfo=info)

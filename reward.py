@@ -4,6 +4,8 @@ Gradients reach the images. What load_reward(spec) and the option --reward take:
     hpsv2.1                 HPSv2.1, weights from the hub; likewise hpsv2, pickscore, imagereward
     hpsv2.1=FILE            the same from the published file, its tensors as safetensors,
                             or the folder of either
+    hpsv2.1:aliased=FILE    the same, resizing as tensors were before torchvision 0.17, by which
+                            numbers until 2023 were trained and printed; so of the four, and pocket
     clip:MODEL:TAG          any open_clip model (default ViT-H-14:laion2b_s32b_b79k)
     clip:MODEL:TAG=FILE     the same from a file; the tag says how it reads pictures
                             (without one: as CLIP does)
@@ -78,9 +80,10 @@ def at_least_float32(x):
     return torch.promote_types(x or torch.float32, torch.float32)
 
 
-def fit(images, size, how, half=round):
+def fit(images, size, how, half=round, antialias=True):
     """[B,3,H,W] -> [B,3,size,size], resized in float32 with antialiased bicubic interpolation,
-    as Pillow and today's torchvision do it. `how` is open_clip's word:
+    as Pillow and today's torchvision do it; without, as torchvision before 0.17 did with tensors.
+    `how` is open_clip's word:
 
         squash      both sides to `size`
         longest     the longer side to `size`, zeros (black) around: HPSv2
@@ -95,8 +98,8 @@ def fit(images, size, how, half=round):
     else:
         new = [int(size * side / min(sides)) for side in sides]
     if tuple(new) != tuple(sides):
-        images = F.interpolate(images, tuple(new), mode="bicubic", antialias=True)
-    if how == "shortest":
+        images = F.interpolate(images, tuple(new), mode="bicubic", antialias=antialias)
+    if how == "shortest" and antialias:
         images = images.clamp(0, 1)  # as Pillow does with what bicubic throws over the edge
     # what to add before each side's first pixel; a negative pad cuts
     top, left = [(size - n) // 2 if n <= size else -half((n - size) / 2) for n in new]
@@ -129,7 +132,7 @@ class Reward(nn.Module):
     Images outside [0, 1] or with NaN are refused. On an accelerator to look is to wait for it, so
     there only the first batch is looked at: a wrong range is there from the start, and a NaN that
     comes later shows in the score."""
-    name, differentiable, looked = "reward", True, False
+    name, differentiable, looked, antialias = "reward", True, False, True
 
     def forward(self, images, prompts):
         require(images.ndim == 4 and images.shape[1] == 3 and images.is_floating_point(),
@@ -171,7 +174,8 @@ class ClipReward(Reward):
         self.clip, self.tokenize = clip, tokenize
         size = clip.visual.image_size
         self.size = size if isinstance(size, int) else size[0]
-        self.preprocess = lambda images: normalize(fit(images, self.size, how, half), mean, std)
+        self.preprocess = lambda images: normalize(
+            fit(images, self.size, how, half, self.antialias), mean, std)
 
     def image_features(self, images):
         """[B,3,H,W] in [0,1] -> unit vectors [B,D], at least float32."""
@@ -289,7 +293,8 @@ class ImageReward(Reward):
     def score(self, images, text):
         ids, mask = text
         vision, bert = self.blip["visual_encoder"], self.blip["text_encoder"]
-        images = normalize(fit(images, self.VISION["img_size"], "shortest"))
+        images = fit(images, self.VISION["img_size"], "shortest", antialias=self.antialias)
+        images = normalize(images)
         patches = vision.forward_features(images.to(vision.cls_token.dtype))  # [B, 197, 1024]
         outputs = bert(input_ids=ids, attention_mask=mask, encoder_hidden_states=patches)
         tokens = outputs.last_hidden_state  # [B, 35, 768]
@@ -544,14 +549,19 @@ REWARDS = {
     "python": load_function,
 }
 TAKE_OPTION = {"clip", "torch", "python"}
+RESIZE = {"hpsv2.1", "hpsv2", "pickscore", "imagereward", "pocket"}
 TAKE_NO_FILE = {"jpeg", "torch", "python"}
 
 
 def load_part(name, option, path, dtype, device):
     """One part of a sum, as parse_spec() gives it -> Reward."""
+    aliased = option == "aliased" and name in RESIZE
+    option = None if aliased else option
     require(not option or name in TAKE_OPTION, f":{option} means nothing to {name}")
     require(not path or name not in TAKE_NO_FILE, f"={path} means nothing to {name}")
-    return REWARDS[name](name, option, path, dtype, device)
+    reward = REWARDS[name](name, option, path, dtype, device)
+    reward.antialias = not aliased
+    return reward
 
 
 def parse_spec(spec):
@@ -592,7 +602,8 @@ def load_reward(spec, device=None, dtype=None, grad_checkpoint=False):
     Scores are cosines for the CLIPs. PickScore's own paper prints 100 times that (its logit
     scale): pickscore*100. HPSv2's package resizes a tensor with whatever torchvision is installed,
     before 0.17 without antialiasing. Ours is antialiased, as there since. So for pictures larger
-    than 224 it equals the package on a current torchvision, and not the numbers printed before."""
+    than 224 it equals the package on a current torchvision; hpsv2.1:aliased, the numbers printed
+    before."""
     rewards, factors = [], []
     for name, option, path, factor in parse_spec(spec):
         title = name + (f":{option}" if option else "")

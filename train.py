@@ -31,7 +31,7 @@ from lcm_solver import DDIMSolver, consistency_function, huber
 from lora import LAYERS, LoRA, Update, sharing
 from pipeline import Pipeline, grid, merged, save_png
 from reward import Reward, load_reward
-from support import cli, flops, optimizers, processes, runs
+from support import cli, flops, optimizers, processes, protocols, runs, watch
 from support.checkpoints import load_optimizer
 from support.cli import POCKET, at_least, option, parse, positive, require, run
 from support.kernels import compile_blocks
@@ -43,7 +43,8 @@ W_DIM = 256  # width of the guidance embedding
 PUBLISHED = {"resolution": 512, "steps": 10_000, "lr": 1e-6, "lr_schedule": "constant", "warmup": 1,
              "ddim_steps": 50, "w_min": 5.0, "w_max": 15.0, "reward": "hpsv2.1",
              "reward_scale": 1.0, "rm_batch": 16, "rm_tau": 0.01, "rm_tau_lrm": 0.01}
-ANY_SIZE = {"teacher": None, "data": None, "grad_checkpoint": True, "workers": 8}
+ANY_SIZE = {"teacher": None, "data": None, "judge": None, "judge_prompts": None,
+            "grad_checkpoint": True, "workers": 8}
 PRESETS = {
     "pocket": {},
     "sd21": PUBLISHED | ANY_SIZE | {"out": "runs/sd21"},
@@ -130,6 +131,16 @@ class Config(runs.RunConfig):
         100, "steps between measurements of the gradient of the distillation and of the reward "
              "apart, each of which costs a pass without reward; 0: never")
     sample_every: int = option(200, "steps between sample grids")
+    judge_every: int = option(
+        0, f"steps between looks for over-optimisation: the EMA student draws {watch.PROMPTS} "
+           "held-out prompts, reward and judge score them, and a line warns when the reward rises "
+           "while the judge falls; 0: never")
+    judge: str | None = option(
+        str(POCKET / "judge"), "the judge for that, of which training must not know: a folder of a "
+                               "CLIP like pocket/judge, or a reward (reward.py)")
+    judge_prompts: str | None = option(
+        str(POCKET / "data" / "heldout-*.tar"), "the prompts for that: shards or a file of prompts "
+                                                "(.txt, .tsv, .json, .jsonl)")
     evaluate: bool = option(True, "end a run on the pocket with the comparison table")
 
 
@@ -466,7 +477,10 @@ def check(args):
     at_least(1, args, "batch_size", "grad_accum", "steps", "warmup", "reward_batch", "rm_batch",
              "solver_substeps", "resolution", "checkpoint_every", "log_every", "sample_every",
              "keep", "max_bad_steps")
-    at_least(0, args, "workers", "norms_every", "rm_image_layers", "rm_text_layers")
+    at_least(0, args, "workers", "norms_every", "judge_every", "rm_image_layers",
+             "rm_text_layers")
+    require(args.judge_every == 0 or (args.judge and args.judge_prompts),
+            "--judge-every needs --judge and --judge-prompts, which training must not know")
     require(args.ddim_steps >= 2,
             f"--ddim-steps {args.ddim_steps}: expected 2 or more, the student's steps")
     require(0 <= args.max_bad <= 1, f"--max-bad {args.max_bad}: expected 0 to 1")
@@ -537,6 +551,19 @@ def save_samples(networks, prompts, done, args, rank):
         save_png(grid(images, 4), file, prompts=" | ".join(prompts), steps=2, guidance=w)
 
 
+def new_watch(args, reward, start, device):
+    """--judge-every: what looks for over-optimisation, or None."""
+    if not args.judge_every:
+        return None
+    if protocols.is_prompts(args.judge_prompts):
+        prompts = protocols.read_prompts(args.judge_prompts)
+    else:
+        held_out = data.Shards(args.judge_prompts, args.resolution, "--judge-prompts")
+        prompts = [caption for _, caption in held_out.first(watch.PROMPTS)]
+    judge = load_reward(evaluate.as_spec(args.judge), device)
+    return watch.Watch(Path(args.out) / "held_out.json", prompts, reward, judge, start)
+
+
 def tell_memory(networks, optimizer):
     """What this process holds between two steps; the activations of a pass come on top."""
     n = networks
@@ -569,6 +596,7 @@ def train(run, networks, one_pass, optimizer, shards, shape, args, rank, world, 
     rows, device = args.batch_size * args.grad_accum, networks.model.device
     timesteps = DDIMSolver(networks.model.schedule, args.ddim_steps).timesteps.tolist()
     prompts = [caption for _, caption in shards.first(8)]
+    watching = new_watch(args, networks.reward, run.start, device)
     log = runs.Log(args, run.start, world * rows, rank, world, peak_step)
     stream = data.batches(
         shards, args.seed, run.start, args.steps, rows, rank, world, args.workers, log.broken)
@@ -590,9 +618,14 @@ def train(run, networks, one_pass, optimizer, shards, shape, args, rank, world, 
 
             stopped = stop.asked(world)
             last, saves = done == args.steps or stopped, done % args.checkpoint_every == 0
-            if (done % args.log_every == 0 or saves or last) and log.counts:
+            looks = watching is not None and done % args.judge_every == 0
+            if (done % args.log_every == 0 or saves or last or looks) and log.counts:
                 line = {"step": done} | means_by_name(log.means(world), timesteps)
                 line["lr"] = optimizer.param_groups[0]["lr"]
+                if looks and (rank == 0 or args.shard):  # a sharded student draws on all processes
+                    with log.pause():
+                        line["held_out"] = watching(done, networks.model, networks.target,
+                                                    (args.w_min + args.w_max) / 2, rank == 0)
                 log(line, ("lcd", "reward", "rm_loss", "grad_norm"))
             if done % args.sample_every == 0 or last:
                 with log.pause():

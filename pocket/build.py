@@ -484,11 +484,16 @@ def distil(name, args, *options):
 
 
 def compare(unet, out, args, *options):
-    """-> the rows of evaluate.py's table."""
+    """-> the rows of evaluate.py's table, with the scores of reward and judge, but not where the
+    pictures lie."""
     python("evaluate.py", "--unet", unet, "--out", out, "--model", args.out, "--reward",
            reward_of(args), "--judge", args.out / "judge", "--data",
            args.out / "data/heldout-*.tar", *options)
-    return json.loads((out / "results.json").read_text())
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    for row in rows:
+        row["scores"] = {key: row["scores"][key] for key in ("reward", "judge")}
+        row["pictures"] = None
+    return rows
 
 
 def reward_of(args):
@@ -498,14 +503,14 @@ def reward_of(args):
 def stage_student(args):
     plain = distil("plain", args, "--reward", "none")  # as long as the default run
     results = {"plain": compare(plain, args.work / "plain", args, "--teacher-steps", 0)[-1]}
-    write_whole(args.out / "results.json", json.dumps(results, indent=1))
+    write_whole(args.out / "results.json", json.dumps(results) + "\n")
     student = distil("student", args, "--reward", reward_of(args), "--ddim-steps", 4,
                      "--solver-substeps", 2)
     UNet.from_pretrained(student).save_pretrained(args.out / "student", dtype=torch.float16)
     results["shipped"] = compare(args.out / "student", args.work / "shipped", args,
                                  "--real", "--teacher-n", 4, "--show", README_SHOWS)
     shutil.copy(args.work / "shipped/grid.png", args.out / "grid.png")
-    write_whole(args.out / "results.json", json.dumps(results, indent=1))
+    write_whole(args.out / "results.json", json.dumps(results) + "\n")
 
 
 STAGES = {

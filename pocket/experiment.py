@@ -46,7 +46,6 @@ HELDOUT = str(POCKET / "data/heldout-*.tar")
 sys.path.insert(0, str(POCKET.parent))
 from build import python, read_split, vary, warp
 from data import Shards, add_pair
-from evaluate import draw_all, frechet_distance
 from pipeline import Pipeline, grid, save_png, to_pil
 from reward import load_reward
 from support.cli import (
@@ -61,6 +60,8 @@ from support.cli import (
     require,
     run,
 )
+from support.drawn import draw_all
+from support.metrics import frechet_distance, high_frequency, roughness
 from support.runs import same_options
 from support.weights import WEIGHTS, write_whole
 from unet import UNet
@@ -98,25 +99,6 @@ MAY_CHANGE = {"scales", "seeds", "judge", "guidance", "limit", "n", "device", "o
 
 
 # ---------------------------------------------------------------- measures
-
-def high_frequency(images):
-    """Images [N,3,H,W] -> mean energy per pixel above half the Nyquist frequency (in either
-    direction), [N]."""
-    h, w = images.shape[-2:]
-    high = (torch.fft.fftfreq(h).abs()[:, None] > 0.25) | (torch.fft.fftfreq(w).abs()[None] > 0.25)
-    return (torch.fft.fft2(images, norm="ortho").abs().square() * high).mean(dim=(1, 2, 3))
-
-
-def roughness(images, real):
-    """Images [n*N,3,H,W] and the N real ones -> median difference of neighbouring pixels (in both
-    directions) where the real one is white for two pixels around, in units of 1/255. The median,
-    because an object may stand elsewhere than in the real picture."""
-    darkest = -F.max_pool2d(-real.amin(dim=1, keepdim=True), 5, 1, 2)  # within two pixels
-    white = (darkest > 0.99)[:, 0, 1:, 1:].repeat(len(images) // len(real), 1, 1)
-    across = images.diff(dim=3).abs().mean(dim=1)[:, 1:]  # [n*N,H-1,W-1], like white
-    down = images.diff(dim=2).abs().mean(dim=1)[:, :, 1:]
-    return 255 * torch.stack([across[white], down[white]]).mean(dim=0).median().item()
-
 
 class Measures:
     """Measures pictures for the held-out prompts against the real ones."""
@@ -166,7 +148,7 @@ class Measures:
     def draw(self, folder, steps, solver, n):
         """n rounds of pictures by the UNet in `folder`, [n*N,3,64,64] in [0,1]."""
         unet = UNet.from_pretrained(folder, dtype=self.model.dtype, device=self.model.device)
-        return draw_all(self.model, unet, self.prompts, steps, self.args.guidance, solver, 64, n)[0]
+        return draw_all(self.model, unet, self.prompts, steps, self.args.guidance, solver, 64, n)
 
     def references(self):
         """{name: images [N,3,H,W]}, one a prompt, among them what the noise measures are to catch

@@ -1,8 +1,12 @@
-"""Bytes of a picture file -> its pixels as people see them."""
+"""Bytes of a picture file -> its pixels as people see them; tensors as PIL images and PNG files."""
 import io
 
 import numpy as np
+import torch
 from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
+from support.weights import whole_file
 
 ORIENTATION = 0x0112  # the EXIF tag
 TURNS = {
@@ -67,3 +71,22 @@ def what_is_wrong(data, error):
     if isinstance(error, UnidentifiedImageError):
         return "unknown picture"
     return "truncated picture" if "truncated" in str(error) else "broken picture"
+
+
+def to_pil(image):
+    """[3,H,W] in [0,1] -> PIL image."""
+    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def to_tensor(picture):
+    """PIL image, RGB -> [3,H,W] in [0,1]."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
+
+
+def save_png(image, file, **text):
+    """Write a PIL image to the Path `file`, with `text` in its metadata. The file appears whole."""
+    info = PngInfo()
+    for key, value in text.items():
+        info.add_itxt(key, str(value))
+    with whole_file(file) as new:
+        image.save(new, "PNG", pnginfo=info)

@@ -67,7 +67,8 @@ class RunConfig:
 # What may be given otherwise when a run is resumed
 MAY_CHANGE = {"preset", "out", "checkpoint_every", "log_every", "norms_every", "sample_every",
               "keep", "workers", "device", "compile", "evaluate", "heldout_every", "max_bad",
-              "max_bad_steps", "skip_bad_shards", "wandb", "shard", "cache", "cache_gb"}
+              "max_bad_steps", "skip_bad_shards", "wandb", "shard", "cache", "cache_gb",
+              "judge", "judge_every", "judge_prompts"}
 # and what may if each step takes as many pictures as before, and rewards as many
 SPREAD = {"batch_size", "grad_accum", "processes", "reward_batch", "rm_batch"}
 

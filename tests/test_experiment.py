@@ -5,53 +5,12 @@ import sys
 import pytest
 import torch
 
-from conftest import ROOT, call, rand
+from conftest import ROOT, call
 from data import Shards
 from support.weights import InputError
 
 sys.path.insert(0, str(ROOT / "pocket"))
 import experiment
-
-
-def test_high_frequency_is_the_energy_above_half_the_nyquist_frequency():
-    def wave(cycles):
-        return torch.cos(2 * torch.pi * cycles * torch.arange(64.0) / 64).expand(1, 3, 64, 64)
-
-    for images in (wave(24), wave(24).transpose(2, 3), wave(24) + wave(8) + 1):
-        assert experiment.high_frequency(images).item() == pytest.approx(0.5, rel=1e-4)
-    assert experiment.high_frequency(wave(8)).item() < 1e-6
-
-
-def test_noise_raises_both_noise_measures_and_blur_lowers_high_frequency():
-    def measures_of(x):
-        return experiment.high_frequency(x).mean().item(), experiment.roughness(x, real)
-
-    real = torch.ones(4, 3, 64, 64)
-    real[:, :, 20:44, 20:44] = rand(4, 3, 24, 24).sigmoid()
-    clean, noisy = measures_of(real), measures_of(real + 0.02 * rand(4, 3, 64, 64, seed=2))
-    assert noisy[0] > clean[0] and noisy[1] > clean[1] + 2
-    assert measures_of(torch.nn.functional.avg_pool2d(real, 3, 1, 1))[0] < clean[0]
-
-
-def test_roughness_looks_only_where_the_real_picture_is_flat_white():
-    real = torch.ones(2, 3, 64, 64)
-    real[:, :, :, 32:] = 0.5
-    drawn = real.clone()
-    drawn[:, :, :, 36:] = rand(2, 3, 64, 28)  # noise in the object alone
-    assert experiment.roughness(drawn, real) == 0
-    for stripes in (drawn[:, :, :, 0:28:2], drawn[:, :, 0::2, :28]):  # in the background
-        stripes -= 10 / 255
-        roughness = experiment.roughness(torch.cat([drawn, drawn]), real)
-        assert roughness == pytest.approx(5, abs=1e-3)  # in one of two directions
-        stripes += 10 / 255
-
-
-def test_roughness_leaves_out_white_that_is_near_an_edge():
-    real = torch.ones(1, 3, 64, 64)
-    real[:, :, :50, ::4] = 0.5  # white lines three pixels wide above, flat white below
-    drawn = real.clone()
-    drawn[:, :, :46] = rand(1, 3, 46, 64)
-    assert experiment.roughness(drawn, real) == 0
 
 
 def test_measures_of_several_rounds_are_the_means_over_rounds():

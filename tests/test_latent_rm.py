@@ -77,6 +77,33 @@ def test_any_number_of_candidates_is_the_sum_over_all_their_pairs(count, kind):
     assert loss.item() == pytest.approx(total.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("privileged", [False, True])
+@pytest.mark.parametrize("kind", ["kl", "ce"])
+def test_the_loss_equals_the_published_loop_written_out(kind, privileged):
+    """Candidates: prediction, EMA target, real. Published scores are cosines times CLIP's logit
+    scale, which is 100: tau 0.01."""
+    expert, lrm = 0.02 * rand(6, 3), 0.02 * rand(6, 3, seed=1)
+    total = 0.0
+    for i in range(2):
+        for j in range(i + 1, 3):
+            logits, expert_logits = 100 * lrm[:, [i, j]], 100 * expert[:, [i, j]]
+            prefers_first = expert_logits.argmax(dim=1) == 0
+            if kind == "ce":
+                labels = (~prefers_first).long()
+                if j == 2 and privileged:
+                    labels = torch.ones_like(labels)
+                total += torch.nn.functional.cross_entropy(logits, labels)
+                continue
+            p = expert_logits.softmax(dim=1)
+            if j == 2 and privileged:
+                p[prefers_first] = 0.5
+            total += torch.nn.functional.kl_div(
+                logits.log_softmax(dim=1), p, reduction="batchmean")
+    assert (expert[:, 2] < expert[:, 0]).any() and (expert[:, 2] > expert[:, 0]).any()
+    loss = preference_loss(expert, lrm, 0.01, 0.01, kind, privileged)
+    assert loss.item() == pytest.approx(total.item(), rel=1e-5)
+
+
 def test_accuracy_is_the_share_of_pairs_ranked_alike():
     # of 3 > 2 > 1 the LRM has 2 > 3 wrong; of 1 < 2 < 3 all
     expert = torch.tensor([[3.0, 2, 1], [1, 2, 3]])

@@ -44,6 +44,19 @@ def test_other_sizes_are_resized_antialiased(size, reward):
     agree(reward(images, PROMPTS), reward.score(resized, reward.encode(PROMPTS)), 1e-5)
 
 
+@torch.no_grad()
+def test_aliased_resizes_as_tensors_were_before_torchvision_017(model_folder, reward):
+    from torchvision.transforms.functional import InterpolationMode, resize
+    images = pictures(96, 96)
+    aliased = load_reward(f"pocket:aliased={model_folder}")
+    small = resize(images, [32, 32], InterpolationMode.BICUBIC, antialias=False)
+    assert aliased.name == "pocket:aliased"
+    agree(aliased(images, PROMPTS), reward.score(small, reward.encode(PROMPTS)), 1e-5)
+    assert (aliased(images, PROMPTS) - reward(images, PROMPTS)).abs().max() > 1e-3
+    with pytest.raises(InputError, match=":aliased means nothing to jpeg"):
+        load_reward("jpeg:aliased")
+
+
 def test_gradient_to_the_image_equals_finite_differences(model_folder):
     reward = load_reward(f"pocket={model_folder}", dtype=torch.float64)
     text = reward.text_features(PROMPTS)
