@@ -10,7 +10,17 @@ from safetensors.torch import load_file
 from torch import nn
 
 import train
-from conftest import UNET, agree, agree_by_name, launch, log, rand, randomize
+from conftest import (
+    UNET,
+    agree,
+    agree_by_name,
+    call,
+    launch,
+    log,
+    rand,
+    randomize,
+    same_weights,
+)
 from lora import LAYERS, W_PROJECTION, LoRA, Update, layers_of, sharing
 from pipeline import merged
 from support.kernels import compile_blocks
@@ -293,6 +303,18 @@ def test_without_w_embed_the_student_does_not_see_w(fit, tmp_path, model_folder)
     assert fit(tmp_path / "full", w_embed=False) == 0
     config = json.loads((tmp_path / "full/unet/config.json").read_text())
     assert "time_cond_proj_dim" not in config and config["lcm_grid"] == 10
+
+
+def test_a_run_on_the_pocket_is_compared_with_its_updates_merged(tmp_path, monkeypatch):
+    compared = []
+    monkeypatch.setattr(train.evaluate, "compare", lambda config, *more: compared.append(config))
+    assert call(train.main, "--lora", 2, "--steps", 1, "--batch-size", 1, "--device", "cpu",
+                "--precision", "fp32", "--no-compile", "--out", tmp_path) == 0
+    assert compared[0].unet == str(tmp_path / "unet_target")
+    student = UNet.from_pretrained(tmp_path / "unet_target")
+    assert same_weights(student, merged(train.POCKET, [tmp_path / "lora_target"], [1.0]))
+    size = lambda file: (tmp_path / file).stat().st_size
+    assert size(f"lora/{NAME}") < 0.1 * size("unet_target/diffusion_pytorch_model.safetensors")
 
 
 WRONG = {
