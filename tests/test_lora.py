@@ -100,7 +100,7 @@ def test_merged_equals_unmerged(unet, scale, options):
 
 
 def test_gradients_reach_only_the_updates(unet):
-    student = sharing(unet, time_cond_proj_dim=256)
+    student = sharing(unet, time_cond_proj_dim=256).requires_grad_(True)
     student = random_lora(student).attach(student)
     student(*inputs(), embedding()).square().mean().backward()
     for name, p in student.named_parameters():

@@ -276,6 +276,17 @@ def test_wrong_input_is_one_line_and_exit_code_2(case, model_folder, tmp_path, c
     assert named in message and "Traceback" not in message
 
 
+def test_an_exported_lora_holds_its_scale(teacher, tmp_path):
+    """And an export is a converter: kohya's names in, diffusers' out."""
+    half, whole = tmp_path / "half.safetensors", tmp_path / "whole.safetensors"
+    lora_files.write(student_of(teacher, False).lora, whole, "kohya")
+    assert call(export.main, "--teacher", teacher, "--merge", whole, "--lora-scale", 0.5,
+                "--lora", half) == 0
+    once, again = merged(teacher, [whole], [0.5]), merged(teacher, [half], [1.0])
+    for name, tensor in once.state_dict().items():
+        agree(again.state_dict()[name], tensor, 1e-6)
+
+
 EXPORTS = {
     "kohya with a guidance embedding": (["--merge", "FILE", "--layout", "kohya"], "no place"),
     "nothing to write": ([], "0 LoRAs to write"),
