@@ -3,6 +3,7 @@ beside other ways to do the same work if asked.
 
     python bench.py                                       # the pocket
     python bench.py --size sd21 --rows unet,vae_decode    # some of the rows
+    python bench.py --size sd21 --rows memory             # what training takes, by card
     # the first thing to run on a new GPU
     python bench.py --size sd21 --device cuda --compile --against diffusers,published
     python bench.py --size sd21 --rows unet --sweep batch # how time and memory grow
@@ -19,6 +20,9 @@ beside other ways to do the same work if asked.
     reward_student   the student's part of that: the price of one more rewarded row that the expert
                      does not compare
     optimizer        gradient clipping, AdamW and EMA
+    memory           not timed, and alone: GB of a training step, of full and of LoRA students, and
+                     the smallest card that holds it (support/memory.py counts); on a GPU measured
+                     too
 
 Every row is timed --repeats times after --warmup calls; the first call, which compiles, is apart.
 The limit is the time that its convolutions and matrix products would take at the speed that one
@@ -39,6 +43,8 @@ time and peak memory ~ value^exponent. The last line is one JSON document.
 """
 import dataclasses
 import functools
+import gc
+import itertools
 import json
 import platform
 import statistics
@@ -56,9 +62,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import latent_rm as proxy
 import train
 from lcm_solver import DDIMSolver, NoiseSchedule, guidance_embedding
+from lora import LoRA, sharing
 from pipeline import Pipeline
 from reward import ClipReward, load_reward, recompute_activations
-from support import cli, peers
+from support import cli, memory, optimizers, peers
 from support.cli import POCKET, at_least, option, parse, require, run
 from support.kernels import compile_blocks, compile_for_drawing, prepare_for_inference
 from support.tokenizer import built_in
@@ -79,9 +86,10 @@ class Config:
     size: str = option(
         "pocket", "pocket, or sd21 with random weights", choices=("pocket", "sd21"),
         group="what to time")
-    rows: str = option("all", f"some of {','.join(ROWS)}")
+    rows: str = option("all", f"some of {','.join(ROWS)}, or memory")
     batch: int = option(1, "pictures at a time")
     resolution: int | None = option(None, "side of the pictures (default: 64 or 512)")
+    lora: int = option(64, "rank of the LoRA of the row memory")
     steps: int = option(2, "network calls of the row picture")
     against: str | None = option(
         None, f"time the same work done otherwise, between our calls: some of {','.join(PEERS)}")
@@ -369,6 +377,143 @@ def count_tflop(call):
     return found
 
 
+# ----------------------------------------------------------------------------------------- memory
+
+PATHS = {"none": "none", "direct": "direct", "latent": "proxy"}  # what gives the reward
+# batches, without and with recomputed activations
+PASSES = [(batch, again) for again in (False, True) for batch in (1, 4, 16)]
+
+
+def training_networks(args, rank, path, device, dtype):
+    """train.Networks of a run with random weights on `device`, meta too. rank: of a LoRA student,
+    or None for a full one; path: of the reward, "none", "direct" or "latent"."""
+    if args.size == "sd21":
+        model, unet = random_model(device, dtype)
+    else:
+        model, unet, _ = load(
+            args, torch.device("cpu") if device.type == "meta" else device, dtype)
+    side = args.resolution // model.vae.factor
+    with device:
+        plain = dataclasses.replace(unet.config, time_cond_proj_dim=None, sample_size=side)
+        teacher = UNet(plain).to(dtype).requires_grad_(False)
+        if rank is None:
+            student, target = (UNet(dataclasses.replace(plain, time_cond_proj_dim=train.W_DIM))
+                               for _ in range(2))
+            target.requires_grad_(False)
+        else:
+            student, target = (sharing(teacher, time_cond_proj_dim=train.W_DIM) for _ in range(2))
+            for network in (student, target):
+                LoRA.new(network, rank).attach(network)
+            target.lora.requires_grad_(False)
+    reward = latent_rm = None
+    if path != "none":
+        reward, latent_rm = rewards(args.size, device, dtype, side)
+    for module in (model.vae, model.text_encoder.model, reward):
+        if module is not None:
+            module.to(device)
+    latent_rm = latent_rm if path == "latent" else None
+    return train.Networks(model, teacher, reward, student.train(), target, latent_rm)
+
+
+def one_pass(networks, args, batch, grad_checkpoint):
+    """-> a function: forward and backward of so many pictures, all of which are rewarded, and the
+    decoding of samples."""
+    if grad_checkpoint and networks.reward is not None:
+        recompute_activations(networks.reward)
+    networks.student.checkpointing = grad_checkpoint
+    settings = train.Config(reward_batch=batch, rm_batch=batch, grad_checkpoint=grad_checkpoint)
+    device, side = networks.model.device, args.resolution // networks.model.vae.factor
+    step = train.Pass(networks, DDIMSolver(networks.model.schedule, 50), settings)
+    noise, uniform = torch.zeros(batch, 4, side, side, device=device), torch.zeros(batch)
+    draws = noise, noise, uniform.to(device), uniform.to(device)
+    images = torch.zeros(batch, 3, args.resolution, args.resolution, device=device)
+
+    def call():
+        step((images, [PROMPT] * batch, draws))[0].backward()
+        with torch.no_grad(), cli.autocast(device, networks.model.dtype):
+            networks.model.decode(noise[:8])
+
+    return call
+
+
+def count_of(networks, args, passes):
+    """passes: pairs of batch and grad_checkpoint, those without recomputing first.
+    networks: on the meta device. -> {pair: {part: GB}}"""
+    n, found = networks, {}
+    with memory.fake_card():
+        frozen = [n.teacher, n.model.vae, n.model.text_encoder.model, n.reward, n.student, n.target]
+        memory.faked(*frozen, n.latent_rm)
+        n.model = dataclasses.replace(
+            n.model, device=torch.device("cpu"), schedule=NoiseSchedule())
+        if n.reward is not None:  # else it looks whether the numbers are in [0, 1]
+            n.reward.forward = lambda images, prompts: n.reward.score(
+                images, n.reward.encode(prompts))
+        trained, target, *_ = n.trained().values()
+        for batch, grad_checkpoint in passes:
+            call = one_pass(n, args, batch, grad_checkpoint)
+            found[batch, grad_checkpoint] = memory.count(
+                [trained, n.latent_rm], [target], frozen, call)
+            for module in (trained, n.latent_rm):
+                if module is not None:
+                    module.zero_grad(set_to_none=True)
+    return found
+
+
+def measure_memory(args, rank, path, device, dtype, batch, grad_checkpoint):
+    """-> GB that a step has held at most on this card, or None: it does not fit."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    try:
+        n = training_networks(args, rank, path, device, dtype)
+        trained = [m for m in (n.student, n.latent_rm) if m is not None]
+        weights = [p for module in trained for p in module.parameters() if p.requires_grad]
+        optimizer = optimizers.adamw([{"params": weights}], lr=1e-6)
+        call = one_pass(n, args, batch, grad_checkpoint)
+        for _ in range(2):  # from the second on there are moments
+            optimizer.zero_grad(set_to_none=True)
+            call()
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+    except torch.OutOfMemoryError:
+        return None
+    return torch.cuda.max_memory_allocated(device) / 1e9
+
+
+def memory_table(args, device):
+    """Print a Markdown table, and the same as one JSON document."""
+    args.resolution = args.resolution or (64 if args.size == "pocket" else 512)
+    # what is counted is a card, whatever this machine has
+    dtype = torch.float32 if args.precision == "fp32" else torch.bfloat16
+    parts = ("weights", "target", "frozen", "gradients", "optimizer", "activations")
+    print(f"GB of a step at {args.size}'s size, {args.resolution} pixels, {str(dtype)[6:]}, one "
+          f"process, every row rewarded, --norms-every 0; a card keeps {memory.SPARE} GB free")
+    print(f"| student | reward | batch | recompute | {' | '.join(parts)} | sum | card |")
+    print("| --- " * (len(parts) + 6) + "|")
+    rows = []
+    for rank, path in itertools.product((None, args.lora), PATHS):
+        networks = training_networks(args, rank, path, torch.device("meta"), dtype)
+        for (batch, again), found in count_of(networks, args, PASSES).items():
+            kinds = {f"LoRA {rank}": found}
+            if rank is None:
+                kinds = {"full": found, "full, 8-bit": memory.smaller(found)}
+            for student, gb in kinds.items():
+                total = sum(gb.values())
+                row = {"student": student, "reward": PATHS[path], "batch": batch,
+                       "grad_checkpoint": again, "gb": gb, "sum": total,
+                       "card": memory.smallest_card(total)}
+                cells = [student, PATHS[path], batch, "yes" if again else "",
+                         *(f"{gb[part]:.2f}" for part in parts), f"{total:.2f}",
+                         row["card"] or "none"]
+                if device.type == "cuda" and gb is found:
+                    row["measured"] = measure_memory(args, rank, path, device, dtype, batch, again)
+                    cells.append(f"measured {row['measured']}")
+                print(f"| {' | '.join(map(str, cells))} |", flush=True)
+                rows.append(row)
+    print(json.dumps({"torch": torch.__version__, "size": args.size, "precision": str(dtype)[6:],
+                      "resolution": args.resolution, "rows": rows}))
+
+
 # -------------------------------------------------------------------------------------- the table
 
 def load(args, device, dtype):
@@ -489,7 +634,10 @@ def sweep(args):
 
 def main():
     args = parse(Config(), __doc__)
-    at_least(1, args, "batch", "warmup", "repeats", "steps")
+    at_least(1, args, "batch", "warmup", "repeats", "steps", "lora")
+    if args.rows == "memory":
+        memory_table(args, cli.pick_device(args.device))
+        return
     rows = ROWS if args.rows == "all" else several(args.rows, ROWS, "rows")
     against = several(args.against, PEERS, "against")
     if args.sweep:

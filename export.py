@@ -6,9 +6,15 @@
     python export.py --teacher MODEL --unet STUDENT --out exported
     # a teacher in one file, LDM names
     python export.py --teacher MODEL --single-file teacher.safetensors
+    # the LoRA of a run (train.py --lora), for diffusers, and for A1111 and ComfyUI
+    python export.py --run runs/lora --lora pytorch_lora_weights.safetensors
+    python export.py --run runs/lora --lora for-comfyui.safetensors --layout kohya --dtype fp16
+    # LoRA files merged into the teacher: any of the above forms
+    python export.py --teacher MODEL --merge a.safetensors --merge b.safetensors --out exported
 
 `diffusers.LatentConsistencyModelPipeline.from_pretrained("exported")` opens the folder. It draws
 the pictures of sample.py, given guidance_scale = w + 1 and torch.Generator().manual_seed(seed).
+Of a student without a guidance embedding it is StableDiffusionPipeline, and guidance_scale = 1.
 sample.py opens both kinds with --model.
 """
 import json
@@ -20,7 +26,9 @@ import torch
 from safetensors.torch import save_file
 
 from lcm_solver import ScheduleConfig
-from support import single_file
+from lora import W_PROJECTION, LoRA
+from pipeline import merged
+from support import lora_files, single_file
 from support.cli import POCKET, make_folder, option, parse, require, run
 from support.tokenizer import write_tokenizer
 from support.weights import find_component, read_json, whole_file, whole_folder
@@ -36,8 +44,17 @@ class Config:
     teacher: str = option(
         str(POCKET), "the model around the student: folder, single file or hub id")
     unet: str | None = option(None, "the student (default: TEACHER/student)")
+    merge: list[str] = option(
+        (), "a LoRA to merge into the teacher's UNet, which gives the student; may be given "
+            "several times", list=True)
+    lora_scale: list[str] = option(
+        (), "how much of it: once for all, or once for each (default: 1)", list=True)
     out: str = option("exported", "the pipeline folder to write", group="how")
     single_file: str | None = option(None, "write the teacher into this .safetensors instead")
+    lora: str | None = option(None, "write the run's LoRA into this .safetensors instead")
+    layout: str = option(
+        "diffusers", "names of its tensors; kohya's are those that A1111 and ComfyUI read",
+        choices=("diffusers", "kohya"))
     dtype: str = option("fp32", "of the weights written", choices=("fp32", "fp16", "bf16"))
 
 
@@ -99,13 +116,21 @@ def export_pipeline(teacher, unet, out, dtype=torch.float32):
         (new / "scheduler").mkdir()
         (new / "scheduler" / "scheduler_config.json").write_text(
             json.dumps(scheduler, indent=2) + "\n")
-        (new / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
+        (new / "model_index.json").write_text(json.dumps(index_of(unet), indent=2) + "\n")
 
 
-def export_single_file(teacher, file, dtype=torch.float32):
-    """Write the teacher of model `teacher` in LDM names, as the published single files are. Of
-    SD2's 24 text layers the folder layout keeps the 23 that are used, and so does the file."""
-    unet = UNet.from_pretrained(teacher, dtype=dtype)
+def index_of(unet):
+    """-> model_index.json. A student that reads no w goes with the pipeline of all models."""
+    if unet.config.time_cond_proj_dim:
+        return MODEL_INDEX
+    return MODEL_INDEX | {"_class_name": "StableDiffusionPipeline"}
+
+
+def export_single_file(teacher, file, dtype=torch.float32, unet=None):
+    """Write model `teacher`, with the UNet `unet` if it is given, in LDM names, as the published
+    single files are. Of SD2's 24 text layers the folder layout keeps the 23 that are used, and so
+    does the file."""
+    unet = unet or UNet.from_pretrained(teacher, dtype=dtype)
     require(not unet.config.time_cond_proj_dim,
             f"{teacher}: a student; a single file in LDM names has no place for its guidance "
             "embedding, export it with --out")
@@ -134,36 +159,72 @@ def export_single_file(teacher, file, dtype=torch.float32):
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.prediction_type": "v" if kind == "v_prediction" else "epsilon"}
+    if unet.config.lcm_grid:
+        metadata[single_file.GRID] = str(unet.config.lcm_grid)
     with whole_file(file) as new:
         save_file(state, new, metadata=metadata)
+
+
+def export_lora(teacher, loras, scales, file, layout, dtype):
+    """Write the one LoRA of `loras`, which is for model `teacher`, in the names of `layout`."""
+    require(len(loras) == 1,
+            f"--lora {file}: {len(loras)} LoRAs to write; expected one: --run with a run of "
+            "train.py --lora, or one --merge")
+    facts = lora_files.facts(loras)
+    unet = UNet.from_pretrained(teacher, facts["time_cond_proj_dim"])
+    lora = LoRA.from_pretrained(loras[0], unet).set_scale(scales[0])
+    require(layout == "diffusers" or W_PROJECTION not in lora.updates,
+            f"{loras[0]}: has a guidance embedding, for which A1111 and ComfyUI have no place; "
+            "train with --no-w-embed, or leave --layout out")
+    lora_files.write(lora, file, layout, dtype)
+
+
+def output_file(name, option):
+    """-> the Path of a file to write, whose folder is there."""
+    file = Path(name)
+    require(file.suffix == ".safetensors",
+            f"{option} {file}: expected a name that ends in .safetensors")
+    make_folder(file.parent, option)
+    return file
 
 
 def main():
     args = parse(Config(), __doc__)
     teacher, student, dtype = args.teacher, args.unet, DTYPES[args.dtype]
+    loras, unet = list(args.merge), None
     if args.run:
-        require(student is None, "--run brings its own student; leave --unet out")
+        require(student is None and not loras,
+                "--run brings its own student; leave --unet and --merge out")
         teacher = read_json(Path(args.run) / "config.json").get("teacher")
         student = str(Path(args.run) / "unet_target")
         require(teacher, f"{args.run}/config.json: names no teacher; "
                 "expected a run folder of train.py")
+        if (Path(args.run) / "lora_target").is_dir():
+            loras = [str(Path(args.run) / "lora_target")]
+    scales = lora_files.scales_of(loras, args.lora_scale)
+    require(args.lora or args.layout == "diffusers",
+            f"--layout {args.layout}: of the file that --lora writes; give it too")
+    if args.lora:
+        file = output_file(args.lora, "--lora")
+        export_lora(teacher, loras, scales, file, args.layout, dtype)
+        print(file)
+        return
+    if loras:
+        student = " and ".join(loras)
+        unet = merged(args.unet or teacher, loras, scales, dtype)
     if args.single_file:
-        file = Path(args.single_file)
-        require(file.suffix == ".safetensors",
-                f"--single-file {file}: expected a name that ends in .safetensors")
-        make_folder(file.parent, "--single-file")
-        export_single_file(teacher, file, dtype)
+        file = output_file(args.single_file, "--single-file")
+        export_single_file(teacher, file, dtype, unet)
         print(file)
         return
     student = student or str(Path(teacher) / "student")
-    unet = UNet.from_pretrained(student, dtype=dtype)
-    require(unet.config.time_cond_proj_dim,
+    unet = unet or UNet.from_pretrained(student, dtype=dtype)
+    require(unet.config.time_cond_proj_dim or unet.config.lcm_grid,
             f"{student}: a teacher (no guidance embedding); expected a student")
     out = Path(args.out)
     # whole_folder replaces what is there: allowed for an earlier export, or an empty folder
     index = out / "model_index.json"
-    exported = (index.is_file()
-                and read_json(index).get("_class_name") == MODEL_INDEX["_class_name"])
+    exported = index.is_file() and read_json(index).get("scheduler") == MODEL_INDEX["scheduler"]
     empty = out.is_dir() and not any(out.iterdir())
     require(not out.exists() or exported or empty,
             f"--out {out}: exists and is no exported pipeline; "
@@ -172,7 +233,7 @@ def main():
             f"--out {out}: is the model to export; it would be replaced, so give another name")
     make_folder(out.parent)
     export_pipeline(teacher, unet, out, dtype)
-    print(f"{out}: diffusers.LatentConsistencyModelPipeline.from_pretrained({args.out!r})")
+    print(f"{out}: diffusers.{index_of(unet)['_class_name']}.from_pretrained({args.out!r})")
 
 
 if __name__ == "__main__":

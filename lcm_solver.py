@@ -157,8 +157,10 @@ def guidance_embedding(w, dim=256):
 
 
 def consistency_function(unet, schedule, z, t, context, w):
-    """f(z, w, c, t) = c_skip(t) z + c_out(t) x0_hat, [B,4,h,w] float32 (LCM, eq. 9). w: [B]."""
-    output = unet(z, t, context, guidance_embedding(w, unet.config.time_cond_proj_dim))
+    """f(z, w, c, t) = c_skip(t) z + c_out(t) x0_hat, [B,4,h,w] float32 (LCM, eq. 9). w: [B], which
+    a student without a guidance embedding does not see."""
+    dim = unet.config.time_cond_proj_dim
+    output = unet(z, t, context, guidance_embedding(w, dim) if dim else None)
     c_skip, c_out = boundary_scalings(t)
     return c_skip * z.float() + c_out * schedule.to_x0(output, z, t)
 

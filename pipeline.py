@@ -2,12 +2,14 @@
 images and PNG files."""
 import math
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from lcm_solver import NoiseSchedule, ScheduleConfig, draw_noise, sample_ddim, sample_lcm
+from lora import LoRA
+from support import lora_files
 from support.cli import autocast, require
 from support.kernels import prepare_for_inference
 from support.pictures import save_png as save_png, to_pil
@@ -35,26 +37,31 @@ class Pipeline:
         schedule = NoiseSchedule(ScheduleConfig.from_pretrained(path), device)
         return cls(vae, text_encoder, schedule, device, dtype)
 
-    def load_unet(self, where, student):
-        """-> the UNet of `where` (see UNet.from_pretrained), checked, frozen and prepared for
-        drawing in `dtype`."""
-        unet = UNet.from_pretrained(where, dtype=self.dtype, device=self.device)
+    def load_unet(self, where, student, loras=(), scales=()):
+        """-> the UNet of `where` (see UNet.from_pretrained), with these LoRA files merged at these
+        scales, checked, frozen and prepared for drawing in `dtype`."""
+        if loras:
+            unet = merged(where, loras, scales, self.dtype, self.device, student)
+        else:
+            unet = UNet.from_pretrained(where, dtype=self.dtype, device=self.device)
         return prepare_for_inference(self.check(unet, where, student).requires_grad_(False))
 
     def check(self, unet, where, student):
         """-> the UNet, or InputError unless it belongs to this model and is a student (one with a
-        guidance embedding) if `student`, else a teacher. where: names the UNet in messages."""
+        guidance embedding, or that was distilled without) if `student`, else a teacher. where:
+        names the UNet in messages."""
         config, latents = unet.config, self.vae.config.latent_channels
         require(config.in_channels == config.out_channels == latents,
                 f"{where}: a UNet from {config.in_channels} to {config.out_channels} channels, "
                 f"but the VAE's latents have {latents}; "
                 "inpainting, depth and upscaling models do not work here")
+        distilled = config.time_cond_proj_dim or config.lcm_grid
         if student:
-            require(config.time_cond_proj_dim,
+            require(distilled,
                     f"{where}: a teacher (no guidance embedding); "
                     "expected a student (teachers: sample.py --solver ddim)")
         else:
-            require(not config.time_cond_proj_dim,
+            require(not distilled,
                     f"{where}: a student; expected a teacher (students: sample.py --solver lcm)")
         require(config.cross_attention_dim == self.text_encoder.dim,
                 f"{where}: the UNet's config says cross_attention_dim "
@@ -102,6 +109,18 @@ class Pipeline:
             latents = self.vae.posterior(part.to(self.device))[0] * self.vae.config.scaling_factor
             decoded.append(self.decode(latents).cpu())
         return torch.cat(decoded)
+
+
+def merged(path, files, scales, dtype=None, device=None, student=True):
+    """The UNet of `path` with LoRA files merged at these scales. It is a student (Pipeline.check)
+    if one of them says so, or `student`, since published LCM-LoRAs say nothing: of 50 points."""
+    facts = lora_files.facts(files)
+    unet = UNet.from_pretrained(path, facts.pop("time_cond_proj_dim"), dtype, device, **facts)
+    if student and unet.config.lcm_grid is None:
+        unet.config = replace(unet.config, lcm_grid=50)
+    for file, scale in zip(files, scales):
+        LoRA.from_pretrained(file, unet).set_scale(scale).merge(unet)
+    return unet
 
 
 def grid(images, columns):

@@ -2,6 +2,7 @@ r"""Prompts -> PNG.
 
     python sample.py --steps 2 --prompt "a red apple"            # the student in pocket/student
     python sample.py --steps 2 --unet runs/pocket/unet_target    # a student of your own
+    python sample.py --steps 2 --lora runs/lora/lora_target      # updates of the teacher
     python sample.py --solver ddim --steps 50 --guidance 3       # the teacher
     python sample.py --model v2-1_512-ema-pruned.safetensors --solver ddim --steps 50 \
         --guidance 6.5 --prompt "a lighthouse"
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from lcm_solver import lcm_timesteps
 from pipeline import Pipeline, grid, save_png, to_pil
+from support import lora_files
 from support.cli import (
     POCKET,
     at_least,
@@ -54,9 +56,15 @@ class Config:
     unet: str | None = option(
         None, "UNet from elsewhere: a folder, file or hub id "
         "(default: MODEL/student for lcm if there is one, else MODEL's)")
+    lora: list[str] = option(
+        (), "a LoRA to merge into the UNet (default then: MODEL's): a file of any program, a "
+        "folder, or a hub id; may be given several times", list=True)
+    lora_scale: list[str] = option(
+        (), "how much of it: 0 none, 1 all; once for all, or once for each (default: 1)", list=True)
     solver: str = option("lcm", "lcm: a student; ddim: a teacher", choices=("lcm", "ddim"))
     guidance: float = option(
-        3.0, "w of the LCM paper: cond + w (cond - uncond); diffusers' guidance_scale is w + 1")
+        3.0, "w of the LCM paper: cond + w (cond - uncond); diffusers' guidance_scale is w + 1; "
+        "a student without a guidance embedding does not read it")
     negative: str = option("", "negative prompt (ddim): what guidance leads away from")
     device: str = option("auto", "auto, cpu or cuda", group="the machine")
     precision: str = option("auto", "arithmetic of the networks", choices=("auto", "bf16", "fp32"))
@@ -108,15 +116,19 @@ def main():
             f"--seed {args.seed}: expected 0 or more, and less than 2^63 with --n")
     prompts = [prompt for prompt in read_prompts(args) for _ in range(args.n)]  # one a picture
     seeds = [args.seed + i % args.n for i in range(len(prompts))]
+    scales = lora_files.scales_of(args.lora, args.lora_scale)
     out = make_folder(args.out)
 
     model = Pipeline.from_pretrained(args.model, device, dtype)
     student = Path(args.model) / "student"
-    where = args.unet or str(student if args.solver == "lcm" and student.is_dir() else args.model)
-    unet = model.load_unet(where, student=args.solver == "lcm")
+    own = args.solver == "lcm" and student.is_dir() and not args.lora
+    where = args.unet or str(student if own else args.model)
+    unet = model.load_unet(where, args.solver == "lcm", args.lora, scales)
     if args.solver == "lcm":
         # called for its error: a wrong number of steps is refused before any work
         lcm_timesteps(model.schedule, args.steps, unet.config.lcm_grid or 50)
+        if not unet.config.time_cond_proj_dim:
+            print("note: the student has no guidance embedding: it does not read --guidance")
         require(not args.negative, "--negative: a student has no unconditional branch to lead "
                 "away from; it works with --solver ddim")
     else:
@@ -129,6 +141,8 @@ def main():
 
     facts = {"steps": args.steps, "solver": args.solver, "guidance": args.guidance,
              "negative": args.negative, "model": args.model, "unet": where}
+    if args.lora:
+        facts["lora"] = " ".join(f"{file} {scale}" for file, scale in zip(args.lora, scales))
     loaded, drawing, shown = time.perf_counter(), 0.0, []
     bar = tqdm(total=math.ceil(len(prompts) / args.batch) * args.steps, unit="call", leave=False)
     for first in range(0, len(prompts), args.batch):

@@ -2,6 +2,7 @@
 
     python train.py                                    # the pocket, on a laptop, in minutes
     python train.py --reward none --out runs/plain     # the same without reward: plain LCD
+    python train.py --lora 16 --out runs/lora          # low-rank updates of the teacher (lora.py)
 
     # Stable Diffusion 2.1, the published recipe
     torchrun --nproc_per_node=8 train.py --preset sd21 --teacher MODEL --data 'cc12m/*.tar'
@@ -27,9 +28,10 @@ import data
 import evaluate
 import latent_rm as proxy
 from lcm_solver import DDIMSolver, consistency_function, huber
-from pipeline import Pipeline, grid, save_png
+from lora import LAYERS, LoRA, Update, sharing
+from pipeline import Pipeline, grid, merged, save_png
 from reward import Reward, load_reward
-from support import cli, flops, processes, protocols, runs, watch
+from support import cli, flops, optimizers, processes, protocols, runs, watch
 from support.checkpoints import load_optimizer
 from support.cli import POCKET, at_least, option, parse, positive, require, run
 from support.kernels import compile_blocks
@@ -75,6 +77,18 @@ class Config(runs.RunConfig):
     solver_substeps: int = option(1, "teacher steps between two grid points")
     w_min: float = option(1.0, "smallest guidance weight: cond + w (cond - uncond)")
     w_max: float = option(5.0, "largest guidance weight")
+    w_embed: bool = option(
+        True, "the student is told w; without, w is drawn for the solver alone, and the student "
+              "is one for any LCM pipeline")
+
+    lora: int | None = option(
+        None, "rank: train low-rank updates of the frozen teacher, not a copy of it",
+        group="LoRA students")
+    lora_alpha: float | None = option(
+        None, "updates are scaled by this over the rank; left out: the rank")
+    lora_layers: str = option(
+        "all", "all linear layers and convolutions of the blocks, or the attention's alone",
+        choices=tuple(LAYERS))
 
     reward: str = option(
         "pocket", "reward model or weighted sum of them (reward.py), or none for plain LCD",
@@ -100,9 +114,15 @@ class Config(runs.RunConfig):
               "what counts as a clear difference")
     rm_tau_lrm: float = option(0.05, "temperature of the LRM's scores, which are cosines")
 
+    optimizer: str = option(
+        "adamw", "adamw8bit: moments of 8 bits, which takes CUDA and the extra `8bit`",
+        choices=tuple(optimizers.KINDS), group=runs.MACHINE)
+    target_dtype: str = option(
+        "fp32", "numbers that hold the target network; bf16 is rounded at random, to the right "
+                "mean", choices=("fp32", "bf16"))
     shard: bool = option(
         False, "share out the student's and target's float32 weights, gradients and Adam's moments "
-               "over the processes (FSDP2)", group=runs.MACHINE)
+               "over the processes (FSDP2)")
     grad_checkpoint: bool = option(
         False, "recompute the student's, the decoder's and the reward's activations "
                "in the backward pass: less memory, 1.3x time")
@@ -292,22 +312,47 @@ class Networks:
         require(args.resolution % model.vae.factor == 0,
                 f"--resolution {args.resolution}: expected a multiple of {model.vae.factor}")
 
-        side = args.resolution // model.vae.factor
-        more = {"w_embed_dim": W_DIM, "device": device, "lcm_grid": args.ddim_steps,
-                "sample_size": side}
-        student = UNet.from_pretrained(newest / "unet" if newest else args.teacher, **more)
-        target = UNet.from_pretrained(newest / "unet_target" if newest else args.teacher, **more)
+        make = cls.updates if args.lora else cls.copies
+        student, target = make(args, teacher, newest, device, {
+            "lcm_grid": args.ddim_steps, "sample_size": args.resolution // model.vae.factor})
         student.train().checkpointing = args.grad_checkpoint
-        target.requires_grad_(False)
         latent_rm = None
         if args.latent_rm is not None:
             latent_rm = proxy.LatentRM.from_pretrained(
                 newest / "latent_rm" if newest else args.latent_rm, device=device).train()
         return cls(model, teacher, reward, student, target, latent_rm)
 
+    @staticmethod
+    def copies(args, teacher, newest, device, more):
+        """-> student and target with weights of their own. more: fields of their config."""
+        more |= {"w_embed_dim": W_DIM if args.w_embed else None, "device": device}
+        dtype = cli.PRECISIONS[args.target_dtype]
+        student = UNet.from_pretrained(newest / "unet" if newest else args.teacher, **more)
+        target = UNet.from_pretrained(
+            newest / "unet_target" if newest else args.teacher, dtype=dtype, **more)
+        return student, target.requires_grad_(False)
+
+    @staticmethod
+    def updates(args, teacher, newest, device, more):
+        """-> student and target that share the teacher's weights, with updates of their own."""
+        more |= {"time_cond_proj_dim": W_DIM if args.w_embed else None}
+        made = []
+        for name in ("lora", "lora_target"):
+            unet = sharing(teacher, **more)
+            if newest:
+                lora = LoRA.from_pretrained(newest / name, unet)
+            else:
+                lora = LoRA.new(unet, args.lora, args.lora_alpha, args.lora_layers, args.seed)
+            made.append(lora.attach(unet))
+        made[1].requires_grad_(False)
+        return made
+
     def trained(self):
-        """{name of its folder: network} of what a checkpoint holds."""
+        """{name of its folder: network} of what a checkpoint holds: what trains, its moving
+        average, the latent proxy."""
         found = {"unet": self.student, "unet_target": self.target}
+        if hasattr(self.student, "lora"):
+            found = {"lora": self.student.lora, "lora_target": self.target.lora}
         return found if self.latent_rm is None else found | {"latent_rm": self.latent_rm}
 
     def compile(self, sharded):
@@ -324,12 +369,12 @@ class Networks:
 
 def new_optimizer(networks, args, newest, device):
     """AdamW over two groups of parameters: the student's, and those of the LRM that train."""
-    weights, rm_weights = list(networks.student.parameters()), []
+    weights, rm_weights = [p for p in networks.student.parameters() if p.requires_grad], []
     if networks.latent_rm is not None:
         rm_weights = networks.latent_rm.train_top(args.rm_image_layers, args.rm_text_layers)
-    optimizer = torch.optim.AdamW(
+    optimizer = optimizers.KINDS[args.optimizer](
         [{"params": weights}, {"params": rm_weights}],
-        lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+        lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0)
     load_optimizer(optimizer, newest, device)
     return optimizer
 
@@ -397,7 +442,7 @@ def optimizer_step(networks, one_pass, optimizer, step, tensors, captions, draws
     totals = add_gradients(one_pass, tensors, captions, draws, args)
     if args.shard:
         processes.average([p.grad for p in rm_weights], world)
-        networks.target.reshard()  # before torch 2.8 a part stays whole after a forward pass
+        processes.reshard([*networks.trained().values()][1])
     if lcd is not None:
         totals["grad_norm/lcd"] = norm_of(lcd)
         torch._foreach_sub_(lcd, [p.grad for p in weights])
@@ -418,9 +463,12 @@ def optimizer_step(networks, one_pass, optimizer, step, tensors, captions, draws
         group["lr"] = lr * runs.rate_factor(step, args)
     optimizer.step()
     # target <- mu * target + (1 - mu) * student
-    target, student = (processes.parts_here([p.detach() for p in network.parameters()])
-                       for network in (networks.target, networks.student))
-    torch._foreach_lerp_(target, student, 1 - args.ema)
+    student, target = (processes.parts_here([p.detach() for p in network.parameters()])
+                       for network in [*networks.trained().values()][:2])
+    if args.target_dtype == "bf16":
+        optimizers.lerp_rounded(target, student, 1 - args.ema, args.seed * 1_000_003 + step)
+    else:
+        torch._foreach_lerp_(target, student, 1 - args.ema)
     return totals
 
 
@@ -437,8 +485,20 @@ def check(args):
             f"--ddim-steps {args.ddim_steps}: expected 2 or more, the student's steps")
     require(0 <= args.max_bad <= 1, f"--max-bad {args.max_bad}: expected 0 to 1")
     positive(args, "lr", "max_grad_norm", "rm_lr", "rm_tau", "rm_tau_lrm")
+    if args.lora is not None:
+        at_least(1, args, "lora")
+        require(args.target_dtype == "fp32",
+                "--target-dtype bf16 with --lora: the target is a few megabytes; leave it out")
+    if args.lora_alpha is not None:
+        positive(args, "lora_alpha")
+    require(args.lora is not None or (args.lora_alpha is None and args.lora_layers == "all"),
+            "--lora-alpha, --lora-layers: of low-rank updates, and there are none; "
+            "give --lora RANK too")
     require(0 <= args.ema < 1, f"--ema {args.ema}: expected 0 <= decay < 1")
     require(args.w_min <= args.w_max, f"--w-min {args.w_min} is more than --w-max {args.w_max}")
+    require(args.optimizer == "adamw" or not args.shard,
+            f"--optimizer {args.optimizer} with --shard: its moments cannot be shared out; "
+            f"leave out one of the two")
     given = replace(Config(), **PRESETS[args.preset])
     idle = [f"--{name.replace('_', '-')}" for name, value in vars(args).items()
             if name.startswith("rm_") and value != getattr(given, name)]
@@ -480,7 +540,12 @@ def save_samples(networks, prompts, done, args, rank):
     if rank > 0 and not args.shard:
         return
     w = (args.w_min + args.w_max) / 2
-    images = networks.model.draw(networks.target, prompts, range(len(prompts)), 2, w)
+    parts = []
+    for first in range(0, len(prompts), args.batch_size):  # no more at a time than in training
+        seeds = range(first, min(first + args.batch_size, len(prompts)))
+        some = [prompts[seed] for seed in seeds]
+        parts.append(networks.model.draw(networks.target, some, seeds, 2, w))
+    images = torch.cat(parts)
     file = Path(args.out) / "samples" / f"step-{done:06d}.png"
     if rank == 0:
         save_png(grid(images, 4), file, prompts=" | ".join(prompts), steps=2, guidance=w)
@@ -516,6 +581,8 @@ def finish(run, args, device, dtype):
     run.export()
     print("  ".join(str(out / name) for name in run.networks))
     if args.evaluate and Path(args.teacher).resolve() == POCKET:
+        if args.lora:  # the comparison reads a whole UNet
+            merged(args.teacher, [out / "lora_target"], [1.0]).save_pretrained(out / "unet_target")
         comparison = evaluate.Config(
             unet=str(out / "unet_target"), out=str(out), guidance=(args.w_min + args.w_max) / 2,
             reward="pocket" if args.reward == "none" else args.reward,
@@ -584,8 +651,8 @@ def distil(run, args, rank, world, device, dtype):
     check_latents(args, shards, networks.latent_rm, shape)
     run.know(networks.trained())
     if args.shard:
-        for network in (networks.student, networks.target):
-            processes.shard(network, (ResnetBlock, Transformer), device, world)
+        for network in [*networks.trained().values()][:2]:
+            processes.shard(network, (ResnetBlock, Transformer, Update), device, world)
     optimizer = new_optimizer(networks, args, run.newest, device)
     solver = DDIMSolver(networks.model.schedule, args.ddim_steps)
     one_pass, peak_step = Pass(networks, solver, args), None
@@ -599,7 +666,8 @@ def distil(run, args, rank, world, device, dtype):
 
     if rank == 0:
         cli.make_folder(Path(args.out) / "samples")
-        millions = sum(p.numel() for p in networks.student.parameters()) / 1e6
+        weights = optimizer.param_groups[0]["params"]
+        millions = sum(p.numel() for p in weights) / 1e6
         print(f"{millions:.1f} M parameters, {len(shards)} pictures, {world} x "
               f"{args.batch_size * args.grad_accum} a step, "
               f"reward {args.reward}, {device}, {str(dtype)[6:]}"

@@ -6,7 +6,7 @@ import time
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -102,6 +102,14 @@ def shard(network, parts, device, world):
             fully_shard(module, mesh=mesh)
     # else what is in none of the parts would stay together after a forward pass without a backward
     fully_shard(network, mesh=mesh, reshard_after_forward=True)
+
+
+def reshard(network):
+    """Share out again what a forward pass without a backward has left whole: before torch 2.8 any
+    part, and a part that is in no other in all versions."""
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def parts_here(tensors):

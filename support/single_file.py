@@ -40,6 +40,7 @@ CONFIGS = {
             "num_hidden_layers": 23,  # of 24: SD2 reads the penultimate
             "hidden_act": "gelu"}},
 }
+GRID = "rg_lcd.lcm_grid"  # metadata of a student that export.py has written
 V_PREDICTION = {"sample_size": 96, "upcast_attention": True}  # what 2.1-768 adds to UNet's config
 PREFIX = {
     "unet": "model.diffusion_model.",

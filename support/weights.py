@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from support import single_file
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+LORA = "pytorch_lora_weights.safetensors"
 # dtypes of weights that were not quantized, by their names in safetensors files
 PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
          "I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool}
@@ -222,6 +223,8 @@ def find_in_file(file, name):
     config = dict(single_file.CONFIGS[kind][name])
     if name == "unet" and kind == "sd2" and predicts(file, tensors) == "v_prediction":
         config |= single_file.V_PREDICTION
+    if name == "unet" and tensors.metadata.get(single_file.GRID, "").isdigit():
+        config["lcm_grid"] = int(tensors.metadata[single_file.GRID])
     # passed over: what belongs to the other components, and what of this one is not used
     prefix, unused = re.escape(single_file.PREFIX[name]), single_file.IGNORED[name]
     return Component(
@@ -306,7 +309,8 @@ def local(path, name):
         needed = files_needed([file.rfilename for file in siblings], name)
         return Path(snapshot_download(text, allow_patterns=needed))
     except Exception as error:  # of the hub, of HTTP, of the network: it is not to be had now
-        for file in (f"{name}/config.json", "config.json", "scheduler/scheduler_config.json"):
+        for file in (f"{name}/config.json", "config.json", "scheduler/scheduler_config.json",
+                     LORA):
             cached = try_to_load_from_cache(text, file)
             if isinstance(cached, str):
                 return Path(cached).parents[file.count("/")]
@@ -321,6 +325,8 @@ def files_needed(listing, name):
         return ["scheduler/scheduler_config.json"]
     if name == "tokenizer":
         return ["tokenizer/*"]
+    if name == "lora":
+        return [LORA]
     # a model folder, or (no subfolder of that name) the component's own
     inside = f"{name}/" if any(file.startswith(f"{name}/") for file in listing) else ""
     names = [file.removeprefix(inside) for file in listing if file.startswith(inside)]

@@ -24,7 +24,9 @@ from conftest import (
     teacher_pipeline,
 )
 from lcm_solver import ScheduleConfig
-from support import single_file
+from lora import LoRA, sharing
+from pipeline import merged
+from support import lora_files, single_file
 from support.tokenizer import Tokenizer, built_in
 from support.weights import InputError
 from text_encoder import TextConfig, TextEncoder, TextTower
@@ -70,6 +72,21 @@ def test_a_teacher_goes_to_a_single_file_and_back_unchanged(teacher, file):
     first, second = TextEncoder.from_pretrained(file), TextEncoder.from_pretrained(teacher)
     assert same_weights(first, second)
     assert torch.equal(first(["a red apple"]), second(["a red apple"]))
+
+
+def test_merged_updates_go_to_a_single_file_and_back_as_a_student(teacher, tmp_path):
+    base = sharing(UNet.from_pretrained(teacher), lcm_grid=10)
+    lora, update = LoRA.new(base, 2), tmp_path / "lora.safetensors"
+    file = tmp_path / "512.safetensors"
+    for one in lora.layers:
+        one.B.data.normal_()
+    lora_files.write(lora, update)
+    assert call(export.main, "--teacher", teacher, "--merge", update, "--lora-scale", 0.5,
+                "--single-file", file) == 0
+    found = UNet.from_pretrained(file)
+    assert found.config.lcm_grid == 10
+    assert same_weights(found, merged(teacher, [update], [0.5]))
+    assert not same_weights(found, base)
 
 
 def test_diffusers_reads_the_names_we_write(kind, teacher, file):
