@@ -140,7 +140,7 @@ def reward_work(model, reward, latent_rm, z, prompts, settings):
 
     def run(loss):
         def call():
-            with cli.fast_attention(z.device, model.dtype):
+            with cli.fast_attention(z.device):
                 with cli.autocast(z.device, model.dtype):
                     value = loss()
                 value.backward()
@@ -174,7 +174,7 @@ def training_work(args, model, unet, student, target, images, prompts, draws):
     optimizer = torch.optim.AdamW(weights, lr=1e-6, fused=True)  # as in train.py
 
     def training_step():
-        with cli.fast_attention(model.device, model.dtype):
+        with cli.fast_attention(model.device):
             with cli.autocast(model.device, model.dtype):
                 loss, _ = train.distillation_loss(
                     model, unet, student, target, None, solver, (images, prompts, draws), settings)

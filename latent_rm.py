@@ -447,7 +447,7 @@ def optimizer_step(towers, latent_rm, weights, optimizer, latents, captions, ste
     """One step of CLIP's loss on B latents [B,C,s,s] and their captions -> loss, gradient norm, or
     None: they are not finite, and nothing has changed."""
     optimizer.zero_grad(set_to_none=True)
-    with cli.fast_attention(latents.device, cli.PRECISIONS[args.precision]):
+    with cli.fast_attention(latents.device):
         image, text = towers(latents, captions)
         if world > 1:
             image, text = Gather.apply(image, rank, world), Gather.apply(text, rank, world)

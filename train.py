@@ -408,8 +408,7 @@ def add_gradients(one_pass, tensors, captions, draws, args, with_reward=True):
         images = data.as_input(tensors[part].to(device, non_blocking=True))
         batch = images, captions[part], [draw[part] for draw in draws]
         waits = part.stop < len(captions) and isinstance(one_pass, DistributedDataParallel)
-        fast = cli.fast_attention(device, cli.PRECISIONS[args.precision])
-        with one_pass.no_sync() if waits else contextlib.nullcontext(), fast:
+        with one_pass.no_sync() if waits else contextlib.nullcontext(), cli.fast_attention(device):
             loss, stats = one_pass(batch, with_reward)
             (loss / args.grad_accum).backward()
         for key, value in stats.items():

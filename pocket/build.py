@@ -138,7 +138,7 @@ def fit(name, args, modules, loss_of_step, lr, ema=None, weight_decay=0.01, warm
         rate = lr * min(1, (step + 1) / warmup) * decay
         for group in optimizer.param_groups:
             group["lr"] = rate * group["factor"]
-        with fast_attention(args.device, args.precision):
+        with fast_attention(args.device):
             loss = loss_of_step(step, generator)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

@@ -185,13 +185,11 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype)
 
 
-def fast_attention(device, dtype):
-    """The context for training in that precision. The backward pass of PyTorch's fused attention
-    takes half the time of plain matrix products on Intel's CPUs and four times as long on AMD's,
-    where it was the slowest part of a small model; in bfloat16 its gradients are 10% off. On CUDA:
-    PyTorch's own choice."""
-    fused = cpu_is_intel() and dtype == torch.float32
-    plain = torch.device(device).type == "cpu" and not fused
+def fast_attention(device):
+    """The context for training. The backward pass of PyTorch's fused attention takes half the time
+    of plain matrix products on Intel's CPUs and four times as long on AMD's, where it was the
+    slowest part of a small model. On CUDA: PyTorch's own choice."""
+    plain = torch.device(device).type == "cpu" and not cpu_is_intel()
     return sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()
 
 
