@@ -127,14 +127,3 @@ def test_an_unknown_preset_is_refused(capsys):
     with pytest.raises(SystemExit):
         parse("--preset", "sd3")
     assert "sd3" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name, plain", [("GenuineIntel", False), ("AuthenticAMD", True)])
-def test_training_takes_the_attention_that_this_maker_of_cpus_is_faster_in(
-        monkeypatch, name, plain):
-    monkeypatch.setattr(cli, "cpu_is_intel", lambda: "Intel" in name)
-    before = torch.backends.cuda.flash_sdp_enabled()
-    with cli.fast_attention("cpu"):
-        assert torch.backends.cuda.flash_sdp_enabled() == (before and not plain)
-    with cli.fast_attention(torch.device("meta")):
-        assert torch.backends.cuda.flash_sdp_enabled() == before
