@@ -95,6 +95,14 @@ class Layer(nn.Module):
         return x + self.mlp.fc2(self.activation(self.mlp.fc1(self.layer_norm2(x))))
 
 
+def embedding(count, dim):
+    """nn.Embedding, drawn as CLIP's are; not on the meta device, where PyTorch would load its
+    compiler for it: two seconds."""
+    weight = torch.empty(count, dim)
+    return nn.Embedding.from_pretrained(
+        weight if weight.is_meta else weight.normal_(std=0.02), freeze=False)
+
+
 class TextTower(nn.Module):
     """Token ids [B, L] -> the last hidden state [B, L, D]."""
 
@@ -102,10 +110,8 @@ class TextTower(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = nn.ModuleDict({
-            "token_embedding": nn.Embedding(config.vocab_size, config.hidden_size),
-            "position_embedding": nn.Embedding(config.max_position_embeddings, config.hidden_size)})
-        for embedding in self.embeddings.values():
-            nn.init.normal_(embedding.weight, std=0.02)
+            "token_embedding": embedding(config.vocab_size, config.hidden_size),
+            "position_embedding": embedding(config.max_position_embeddings, config.hidden_size)})
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(
             Layer(config) for _ in range(config.num_hidden_layers))})
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)

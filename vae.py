@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from support.kernels import attention
+from support.kernels import attention, silu
 from support.weights import InputError, load_component, save_component
 
 
@@ -48,8 +48,8 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
     def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(silu(self.norm1(x)))
+        h = self.conv2(silu(self.norm2(h)))
         return self.conv_shortcut(x) + h
 
 
@@ -139,7 +139,7 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             x = block(x)
         x = self.mid_block(x)  # [B, C, H/f, W/f]
-        return self.conv_out(F.silu(self.conv_norm_out(x)))  # [B, 8, H/f, W/f]
+        return self.conv_out(silu(self.conv_norm_out(x)))  # [B, 8, H/f, W/f]
 
 
 class Decoder(nn.Module):
@@ -160,7 +160,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(z))  # [B, 4, h, w] -> [B, C, h, w]
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))  # [B, 3, h*f, w*f]
+        return self.conv_out(silu(self.conv_norm_out(x)))  # [B, 3, h*f, w*f]
 
 
 class VAE(nn.Module):

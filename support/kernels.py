@@ -34,6 +34,12 @@ def attention(q, k, v, upcast=False):
     return out.unflatten(0, shape[:2])
 
 
+def silu(x):
+    """Of a tensor that nobody else reads: in its place where no gradient is wanted. At a decode's
+    sizes a new tensor costs more than the arithmetic."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
 def is_traced():
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 

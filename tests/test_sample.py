@@ -232,3 +232,14 @@ def test_the_script_itself_exits_with_2_and_one_line(tmp_path):
         timeout=120)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_drawing_loads_no_library_that_takes_seconds(model_folder, tmp_path):
+    code = ("import sys, sample; sample.main(); "
+            "print(sorted({'transformers', 'open_clip', 'torch._dynamo', 'sympy', 'matplotlib'}"
+            " & set(sys.modules)))")
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--model", model_folder, "--prompt", "moon", "--device", "cpu",
+         "--precision", "fp32", "--out", tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
