@@ -69,12 +69,13 @@ class Pipeline:
 
     @torch.no_grad()
     def draw(self, unet, prompts, seeds, steps, w, solver="lcm", size=None, negative="",
-             progress=iter):
+             progress=iter, see=None):
         """B prompts and B seeds -> images [B,3,H,W] in [0,1], float32.
 
         w: guidance, cond + w (cond - uncond). solver: "lcm" for a student, "ddim" for a teacher.
         size: (H, W) in pixels; what the UNet was trained at if None. negative: the prompt that
-        ddim's guidance leads away from. progress: wraps the list of timesteps, as tqdm does."""
+        ddim's guidance leads away from. progress: wraps the list of timesteps, as tqdm does. see:
+        called with a student's scaled latents at each step."""
         height, width = size or (unet.config.sample_size * self.vae.factor,) * 2
         shape = (len(prompts), unet.config.in_channels,
                  height // self.vae.factor, width // self.vae.factor)
@@ -87,7 +88,7 @@ class Pipeline:
             context = self.text_encoder(prompts)  # [B, L, D]
             if solver == "lcm":
                 latents = sample_lcm(
-                    unet, self.schedule, latents, context, w, steps, generators, progress)
+                    unet, self.schedule, latents, context, w, steps, generators, progress, see)
             else:
                 uncond_context = self.text_encoder([negative])  # [1, L, D]
                 latents = sample_ddim(
@@ -143,10 +144,15 @@ def labelled_grid(images, row_names, captions, scale=1):
     return sheet
 
 
-def save_png(image, file, **text):
-    """Write a PIL image to the Path `file`, with `text` in its metadata. The file appears whole."""
+def write_png(image, where, **text):
+    """A PIL image as PNG, with `text` in its metadata, to a path or an open binary file."""
     info = PngInfo()
     for key, value in text.items():
         info.add_itxt(key, str(value))
+    image.save(where, "PNG", pnginfo=info)
+
+
+def save_png(image, file, **text):
+    """Write a PIL image to the Path `file`, with `text` in its metadata. The file appears whole."""
     with whole_file(file) as new:
-        image.save(new, "PNG", pnginfo=info)
+        write_png(image, new, **text)
