@@ -8,7 +8,6 @@ A click on a picture saves it: the bytes that sample.py writes. A PNG of either,
 page, brings its settings back.
 """
 import functools
-import io
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,8 @@ from pathlib import Path
 import torch
 
 from lcm_solver import lcm_timesteps
-from pipeline import Pipeline, to_pil, write_png
-from reward import load_reward, parse_spec, read_picture
+from pipeline import Pipeline, to_pil
+from reward import load_reward, read_picture
 from support.checkpoints import checkpoints, step_of
 from support.cli import POCKET, option, parse, parse_size, pick_device, pick_precision, require, run
 from support.kernels import compile_for_drawing
@@ -31,18 +30,15 @@ STEPS, TEACHER_STEPS, FILES = 8, 50, 16
 @dataclass
 class Config:
     model: str = option(
-        str(POCKET), "VAE, text encoder, scheduler, teacher: a folder in the diffusers layout, "
+        str(POCKET), "VAE, text encoder, scheduler and teacher: a folder in the diffusers layout, "
         "a single file, or a hub id", group="what draws")
-    unet: str | None = option(
-        None, "the student: a folder, file or hub id (default: MODEL/student if there is one, "
-        "else MODEL's)")
+    unet: str | None = option(None, "the student (default: MODEL/student, or else MODEL's)")
     second: str | None = option(None, "a second student, for Compare")
     run: str | None = option(None, "a run folder, whose checkpoints the tab Reward goes through")
     reward: str = option("pocket", "what training maximised (reward.py), or none", group="scores")
     judge: str = option(f"pocket={POCKET / 'judge'}", "what it did not see, or none")
     rewards: list[str] = option(
-        (), "one more for the tab Reward, such as hpsv2.1=FILE; may be given several times",
-        list=True)
+        (), "one more for the tab Reward; may be given several times", list=True)
     host: str = option("127.0.0.1", "address to listen at", group="the machine")
     port: int = option(7860, "port to listen at")
     device: str = option("auto", "auto, cpu or cuda")
@@ -71,10 +67,7 @@ class Studio:
         self.steps = min(STEPS, config.lcm_grid or 50)
         given = {"reward": args.reward, "judge": args.judge}
         self.scorers = {name: spec for name, spec in given.items() if spec != "none"}
-        names = {name: "+".join(part[0] for part in parse_spec(spec))
-                 for name, spec in self.scorers.items()}
-        self.offered = {f"{name}: {names[name]}": spec for name, spec in self.scorers.items()}
-        self.offered |= {spec: spec for spec in ("jpeg", *args.rewards)}
+        self.offered = self.scorers | {spec: spec for spec in ("jpeg", *args.rewards)}
         self.draw("", 1, 3.0, 0, f"{self.side}x{self.side}")  # the first takes longer
 
     def load(self, where, student=True):
@@ -98,22 +91,23 @@ class Studio:
                 f"--size {size}: expected {2 * self.side} pixels a side or fewer")
         return prompt, int(steps), float(w), int(seed), (height, width)
 
-    def picture(self, title, settings, where=None, unet=None, solver="lcm", scorers=None,
-                progress=iter, see=None):
-        """One picture, drawn alone: what else is asked for does not change it. -> its first score,
-        its figure. see: gets the figures of the student's predictions."""
+    def picture(self, settings, title=None, more=0, where=None, unet=None, solver="lcm",
+                scorers=None, progress=iter, see=None):
+        """One picture, of the seed and `more`, drawn alone: nothing else that is asked for changes
+        it. -> its first score, its figure. see: gets the figures of a student's predictions."""
         (prompt, steps, w, seed, size), where = settings, where or self.student
-        unet = unet or self.load_unet(where, solver == "lcm")
+        unet, seed = unet or self.load_unet(where, solver == "lcm"), seed + more
         facts = {"prompt": prompt, "seed": seed, "steps": steps, "solver": solver, "guidance": w,
                  "negative": "", "model": self.args.model, "unet": where}  # as sample.py, in order
         start, seen = time.perf_counter(), []
         image = self.model.draw(
             unet, [prompt], [seed], steps, w, solver, size, "", progress, see and seen.append)
-        png, seconds = png_of(image, **facts), time.perf_counter() - start
+        drawn = to_pil(image[0])
+        title = f"{title or f'seed {seed}'}, {time.perf_counter() - start:.2f} s"
         for latents, t in zip(seen, lcm_timesteps(self.model.schedule, steps) if see else ()):
-            see(figure(png_of(self.model.decode(latents), **facts, t=t), f"t = {t}"))
+            see(figure(to_pil(self.model.decode(latents)[0]), f"t = {t}", facts=facts | {"t": t}))
         score, lines = self.scores(image, prompt, scorers or self.scorers)
-        return score, figure(png, f"{title}, {seconds:.2f} s", lines, f"{prompt[:40]} {seed}.png")
+        return score, figure(drawn, title, lines, facts, f"{prompt[:40]} {seed}.png")
 
     @torch.no_grad()
     def scores(self, image, prompt, scorers):
@@ -128,22 +122,20 @@ class Studio:
         return next(iter(totals), 0.0), lines
 
     def draw(self, prompt, steps, w, seed, size, count=1, progress=iter):
+        """`count` pictures, of one seed after the other."""
         settings, start = self.checked(prompt, steps, w, seed, size), time.perf_counter()
-        found = [self.picture(f"seed {s[3]}", s, progress=progress)[1]
-                 for s in from_seed(settings, count)]
+        found = [self.picture(settings, more=i, progress=progress)[1] for i in range(count)]
         encoder = self.model.text_encoder
         cut = "".join(f"{tokens} tokens: cut at {encoder.tokenizer.model_max_length}, the rest is "
                       "not read" for tokens in encoder.cut([prompt]).values())
         return sheet(found, "one" if count == 1 else "four", cut, time.perf_counter() - start)
 
     def compare(self, prompt, w, seed, size, progress=iter):
-        """Yields the page as it grows: each student's pictures, the steps of the first one, and
-        the teacher's picture. progress: wraps the teacher's timesteps."""
+        """Yields the page as it grows: each student's pictures, the first one's steps, the
+        teacher's picture. progress: wraps the teacher's timesteps."""
         prompt, _, w, seed, size = self.checked(prompt, 1, w, seed, size)
-        students, counts = [self.student], [n for n in (1, 2, 4, 8) if n <= self.steps]
-        students += filter(None, [self.args.second])
-        rows, seen = {where: [] for where in students}, []
-
+        rows = {where: [] for where in (self.student, self.args.second) if where}
+        seen, counts = [], [n for n in (1, 2, 4, 8) if n <= self.steps]
         strip = (f"f(z, w, c, t): what the student takes for the clean picture at each of "
                  f"{counts[-1]} steps, between which it is made noisy again")
 
@@ -154,12 +146,13 @@ class Studio:
 
         for where, row in rows.items():
             for steps in counts:
-                settings = prompt, steps, w, seed, size
                 see = seen.append if where == self.student and steps == counts[-1] else None
-                row.append(self.picture(f"{steps} call{'s' * (steps > 1)}", settings, where, see=see)[1])
+                title = "1 call" if steps == 1 else f"{steps} calls"
+                row.append(self.picture((prompt, steps, w, seed, size), title, where=where,
+                                        see=see)[1])
                 yield so_far(BLANK)
-        settings = prompt, TEACHER_STEPS, w, seed, size
-        yield so_far(self.picture(f"teacher, {2 * TEACHER_STEPS} calls", settings, self.args.model,
+        yield so_far(self.picture((prompt, TEACHER_STEPS, w, seed, size),
+                                  f"teacher, {2 * TEACHER_STEPS} calls", where=self.args.model,
                                   solver="ddim", progress=progress)[1])
 
     def score(self, prompt, offered, files, draws, steps, w, seed, size):
@@ -167,16 +160,16 @@ class Studio:
         settings, files = self.checked(prompt, steps, w, seed, size), files or []
         require(offered in self.offered, f"reward {offered}: expected one of those offered")
         require(len(files) <= FILES, f"{len(files)} pictures: expected {FILES} or fewer")
-        scorers, found = {offered.split(":")[0]: self.offered[offered]}, []
+        scorers, found = {offered: self.offered[offered]}, []
         for file in files:
             try:
                 image = read_picture(file)
             except InputError as error:
                 raise InputError(str(error).replace(str(file), Path(file).name)) from None
-            score, lines = self.scores(image, prompt, scorers)
-            found.append((score, figure(png_of(image), Path(file).name, lines)))
-        found += [self.picture(f"seed {s[3]}", s, scorers=scorers)
-                  for s in from_seed(settings, draws)]
+            shown, (score, lines) = to_pil(image[0]), self.scores(image, prompt, scorers)
+            shown.thumbnail((512, 512))
+            found.append((score, figure(shown, Path(file).name, lines)))
+        found += [self.picture(settings, more=i, scorers=scorers) for i in range(draws)]
         return sheet([html for _, html in sorted(found, key=lambda pair: -pair[0])])
 
     def checkpoints(self):
@@ -186,25 +179,11 @@ class Studio:
         """Four pictures of the run's checkpoint of this number, 1 for the oldest."""
         settings, found = self.checked(prompt, steps, w, seed, size), self.checkpoints()
         require(number in range(1, len(found) + 1), f"checkpoint {number}: there are {len(found)}")
-        folder = found[int(number) - 1]
-        where, step = str(folder / "unet_target"), step_of(folder)
+        step, where = step_of(found[int(number) - 1]), str(found[int(number) - 1] / "unet_target")
         unet, line = self.load_checkpoint(where), last_line(Path(self.args.run) / "log.jsonl", step)
-        scores, rows = zip(*(self.picture(f"seed {s[3]}", s, where, unet)
-                             for s in from_seed(settings, 4)))
-        return sheet(rows, "row", f"step {step}: reward {sum(scores) / 4:.3f} in these four, "
-                     f"{line.get('reward', float('nan')):.3f} in training", head=True)
-
-
-def from_seed(settings, count):
-    prompt, steps, w, first, size = settings
-    return [(prompt, steps, w, seed, size) for seed in range(first, first + int(count))]
-
-
-def png_of(image, **text):
-    """[1,3,H,W] in [0,1] -> the bytes of a PNG with `text` in its metadata."""
-    png = io.BytesIO()
-    write_png(to_pil(image[0]), png, **text)
-    return png.getvalue()
+        rows = [self.picture(settings, None, i, where, unet)[1] for i in range(4)]
+        reward = f", reward {line['reward']:.3f} in training" if "reward" in line else ""
+        return sheet(rows, note=f"step {step}{reward}", head=True)
 
 
 def main():

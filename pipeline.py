@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
 
 from lcm_solver import NoiseSchedule, ScheduleConfig, draw_noise, sample_ddim, sample_lcm
 from support.cli import autocast, require
 from support.kernels import prepare_for_inference
+from support.pictures import write_png
 from support.weights import whole_file
 from text_encoder import TextEncoder
 from unet import UNet
@@ -142,14 +142,6 @@ def labelled_grid(images, row_names, captions, scale=1):
         draw.multiline_text((left - 8, top + (i + 0.5) * h), name, "black", font, anchor="rm",
                             align="right")
     return sheet
-
-
-def write_png(image, where, **text):
-    """A PIL image as PNG, with `text` in its metadata, to a path or an open binary file."""
-    info = PngInfo()
-    for key, value in text.items():
-        info.add_itxt(key, str(value))
-    image.save(where, "PNG", pnginfo=info)
 
 
 def save_png(image, file, **text):

@@ -5,6 +5,7 @@ Nothing is fetched from elsewhere and nothing is sent: no fonts, no analytics, n
 import base64
 import functools
 import inspect
+import io
 import os
 import traceback
 from html import escape
@@ -13,6 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from support.cli import require
+from support.pictures import write_png
 from support.weights import InputError, first_line
 
 HEAD = Path(__file__).with_suffix(".html")  # style and script
@@ -26,9 +28,12 @@ class Superseded(Exception):
 
 # ----------------------------------------------------------------------------------------- pictures
 
-def figure(png, title, lines=(), name="picture.png"):
-    """A PNG, as it is, and the words under it, as HTML. Words are shown as words."""
-    data = base64.b64encode(png).decode()
+def figure(picture, title, lines=(), facts=None, name="picture.png"):
+    """A PIL image, as a PNG with `facts` in its metadata, and the words under it -> HTML, in which
+    words are words."""
+    png = io.BytesIO()
+    write_png(picture, png, **facts or {})
+    data = base64.b64encode(png.getvalue()).decode()
     title, name, *lines = map(escape, (title, name, *lines))
     return (f'<figure><img src="data:image/png;base64,{data}" alt="{title}" data-name="{name}" '
             f'title="click to save" decoding="sync"><figcaption><b>{title}</b>'
@@ -133,8 +138,8 @@ def page(studio):
         gr.Textbox, "a red apple", max_lines=2, max_length=LETTERS, label="prompt")
     rest = "steps, guidance, seed and size are those of Draw"
     with gr.Blocks(title="RG-LCD", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
-        gr.HTML(f"<h1>RG-LCD</h1><p>The picture follows the words. {escape(short(studio.student))}</p>",
-                elem_id="top")
+        gr.HTML("<h1>RG-LCD</h1><p>The picture follows the words. Student: "
+                f"{escape(short(studio.student))}</p>", elem_id="top")
         said = gr.HTML(elem_id="said")
         with gr.Tab("Draw"):
             prompt = words(elem_id="prompt", autofocus=True)

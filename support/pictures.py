@@ -1,8 +1,9 @@
-"""Bytes of a picture file -> its pixels as people see them."""
+"""Bytes of a picture file -> its pixels as people see them; pixels and text -> a PNG."""
 import io
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
 ORIENTATION = 0x0112  # the EXIF tag
 TURNS = {
@@ -67,3 +68,11 @@ def what_is_wrong(data, error):
     if isinstance(error, UnidentifiedImageError):
         return "unknown picture"
     return "truncated picture" if "truncated" in str(error) else "broken picture"
+
+
+def write_png(image, where, **text):
+    """A PIL image as PNG, with `text` in its metadata, to a path or an open binary file."""
+    info = PngInfo()
+    for key, value in text.items():
+        info.add_itxt(key, str(value))
+    image.save(where, "PNG", pnginfo=info)
