@@ -61,8 +61,8 @@ def settings_in(file):
         with Image.open(file) as picture:
             picture.load()
             text, size = getattr(picture, "text", {}), f"{picture.height}x{picture.width}"
-        steps = int(text["steps"]) if text["solver"] == "lcm" else 2
-        return text["prompt"], steps, float(text["guidance"]), int(text["seed"]), size
+        prompt, seed, guidance = text["prompt"], int(text["seed"]), float(text["guidance"])
+        return prompt, int(text["steps"]) if text["solver"] == "lcm" else 2, guidance, seed, size
     except Exception as error:  # PIL raises all kinds
         what = f"no {error} in it" if isinstance(error, KeyError) else "not a readable picture"
         raise InputError(f"{Path(file).name}: {what}; expected a PNG that this page or sample.py "
@@ -124,8 +124,7 @@ def page(studio):
 
     def restore(file):
         found = settings_in(file)
-        studio.checked(*found)
-        return *found, False, None
+        return *found, False, studio.draw(*found)
 
     def compare(prompt, w, seed, size, progress=gr.Progress()):  # noqa: B008 (gradio's way)
         yield from studio.compare(
@@ -181,11 +180,10 @@ def page(studio):
         hidden = {"api_visibility": "private", "show_progress": "hidden"}
         one = hidden | {"concurrency_id": "one", "concurrency_limit": 1}
         gr.on(fields, key, number, None, queue=False, trigger_mode="multiple", **counted, **hidden)
-        drawing = {"fn": told(draw), "inputs": [prompt, *settings, four, number],
-                   "outputs": [drawn, said]} | counted | one
-        gr.on([*fields, blocks.load], trigger_mode="always_last", **drawing)
-        file.upload(told(restore, 7), file, [prompt, *settings, four, file, said], **one).success(
-            **drawing)
+        gr.on([*fields, blocks.load], told(draw), [prompt, *settings, four, number], [drawn, said],
+              trigger_mode="always_last", **counted, **one)
+        file.upload(told(restore, 7), file, [prompt, *settings, four, drawn, said], **one).then(
+            None, None, file, js="() => null", **hidden)  # ready for the next
         gr.on([begin.click, same.submit], told(compare), [same, w, seed, size], [compared, said],
               show_progress_on=bar, **one | {"show_progress": "full"})
         gr.on([judge.click, about.submit, reward.input], told(score),
