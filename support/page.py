@@ -175,7 +175,8 @@ def page(studio):
             reached = gr.HTML(elem_id="reached")
 
         settings, number = [steps, w, seed, size], gr.Number(0, visible=False)
-        fields = [field.input for field in (prompt, *settings, four)]
+        # a Textbox's input is each key press, and so neither a deletion nor what is pasted
+        fields = [prompt.change, size.change, *(x.input for x in (steps, w, seed, four))]
         counted = {"js": "(...x) => [...x.slice(0, -1), window.keys || 0]"}  # see page.html
         hidden = {"api_visibility": "private", "show_progress": "hidden"}
         one = hidden | {"concurrency_id": "one", "concurrency_limit": 1}
