@@ -68,6 +68,8 @@ class Studio:
         given = {"reward": args.reward, "judge": args.judge}
         self.scorers = {name: spec for name, spec in given.items() if spec != "none"}
         self.offered = self.scorers | {spec: spec for spec in ("jpeg", *args.rewards)}
+        require(not args.run or self.checkpoints(),
+                f"--run {args.run}: no checkpoints there; expected a run folder of train.py")
         self.draw("", 1, 3.0, 0, f"{self.side}x{self.side}")  # the first takes longer
 
     def load(self, where, student=True):

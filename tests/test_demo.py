@@ -106,7 +106,8 @@ class Server:
         self.url, self.output = f"http://127.0.0.1:{self.port}", folder / "output"
         argv = [f"--{name}={value}" for name, value in ({"port": self.port} | options).items()]
         command = [sys.executable, "-c", WATCHED, str(ROOT), *argv]
-        environment = os.environ | {"TMPDIR": str(folder), "GRADIO_SHARE": "True"} | (variables or {})
+        environment = os.environ | {"TMPDIR": str(folder), "GRADIO_SHARE": "True"}
+        environment |= variables or {}
         with open(self.output, "w") as output:
             self.process = subprocess.Popen(
                 command, env=environment, stdout=output, stderr=subprocess.STDOUT)
@@ -371,6 +372,34 @@ def test_without_gradio_one_line_says_how_to_get_it(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert call(demo.main) == 2
     assert "pip install -e '.[demo]'" in capsys.readouterr().err
+
+
+WRONG = {
+    "a run without checkpoints": (["--run", "MODEL"], "no checkpoints"),
+    "no such run": (["--run", "MODEL/none"], "MODEL/none"),
+    "no such student": (["--unet", "MODEL/none"], "none"),
+    "a teacher": (["--unet", "MODEL/unet"], "a teacher"),
+    "no such reward": (["--reward", "hpsv3"], "hpsv3"),
+    "a port that is none": (["--port", "70000"], "70000"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_option_is_one_line_and_exit_code_2(case, model_folder, capsys):
+    argv, named = WRONG[case]
+    argv = [word.replace("MODEL", str(model_folder)) for word in argv]
+    assert call(demo.main, "--model", model_folder, "--device", "cpu", *argv) == 2
+    message = capsys.readouterr().err
+    assert named.replace("MODEL", str(model_folder)) in message and message.count("\n") == 1
+
+
+def test_a_port_that_is_taken_is_told(studio, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=f"{port}: cannot listen"):
+            pages.serve(studio, "127.0.0.1", port)
 
 
 def test_gradio_is_imported_in_one_file_and_late():
