@@ -352,7 +352,7 @@ def test_one_worker_a_bounded_queue_and_no_open_api(studio):
     assert blocks._queue.max_size == 16 and not blocks.api_open and not blocks.analytics_enabled
     for function in blocks.fns.values():
         assert function.api_visibility == "private" or function.name == "forget"
-        if function.name not in ("key", "forget"):
+        if function.fn and function.name not in ("key", "forget"):
             assert (function.queue, function.concurrency_id, function.concurrency_limit) == (
                 True, "one", 1), function.name
 
