@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import types
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -443,11 +444,14 @@ def test_every_field_changes_the_picture(page, studio):
 
 @browsers
 def test_two_hundred_fast_keys_leave_no_stale_picture(page, studio):
+    page.fill("#steps", "8").send_keys(Keys.TAB)
+    page.one("#four input").click()  # the slower, the more keys fall into one drawing
+    until(lambda: len(page.pngs("#drawn")) == 4)
     words = ("a green heart, snow and a fish " * 7)[:200].strip()
     page.fill("#prompt", words)
-    [png] = page.shows(words)
+    found = page.shows(words)
     time.sleep(1)  # whatever might still come
-    assert page.pngs("#drawn") == [png] == pngs_in(studio.draw(words, 2, 3.0, 0, SIZE))
+    assert page.pngs("#drawn") == found == pngs_in(studio.draw(words, 8, 3.0, 0, SIZE, 4))
 
 
 @browsers
@@ -553,6 +557,25 @@ def test_the_slider_goes_through_the_runs_checkpoints(page, studio):
         until(lambda n=number: f"step {n}0, reward 0.{n}00 in training" in page.text("#reached"))
         assert page.pngs("#reached") == pngs_in(
             studio.checkpoint(number, WORDS, 2, 3.0, 0, SIZE))
+
+
+def test_requests_beyond_the_bound_are_refused_and_the_server_goes_on(server):
+    def join(i):
+        body = {"data": [f"words {i}", 8, 3.0, 0, SIZE, True, 0], "session_hash": f"s{i}",
+                "fn_index": number}
+        request = urllib.request.Request(
+            f"{server.url}/gradio_api/queue/join", json.dumps(body).encode(),
+            {"Content-Type": "application/json"})
+        try:
+            return urllib.request.urlopen(request, timeout=20).status
+        except urllib.error.HTTPError as error:
+            assert "Queue is full" in error.read().decode()
+            return error.code
+    config = json.load(urllib.request.urlopen(f"{server.url}/config", timeout=20))
+    number = next(f["id"] for f in config["dependencies"] if f["api_name"] == "draw")
+    codes = [join(i) for i in range(40)]
+    assert codes[0] == 200 and codes.count(200) < 40 and set(codes) == {200, 503}
+    until(lambda: join(99) == 200)
 
 
 @browsers
