@@ -191,12 +191,14 @@ def draw_noise(shape, generator, device):
 
 
 @torch.no_grad()
-def sample_lcm(unet, schedule, latents, context, w, steps, generator=None, progress=iter):
+def sample_lcm(unet, schedule, latents, context, w, steps, generator=None, progress=iter,
+               see=None):
     """Multi-step consistency sampling (LCM, algorithm 3) -> scaled latents [B,4,h,w], float32.
 
     latents: unit normal [B,4,h,w]; w: a number or [B]. Every step but the last re-noises with one
     torch.randn(latents.shape, generator=generator). A list of B generators draws each row from its
-    own, so that a picture does not depend on its batch. `progress` wraps the timesteps, as tqdm."""
+    own, so that a picture does not depend on its batch. `progress` wraps the timesteps, as tqdm.
+    see: called with each step's prediction f(z, w, c, t), [B,4,h,w]; the last is what returns."""
     batch, device = len(latents), latents.device
     w = torch.as_tensor(w, dtype=torch.float32, device=device).expand(batch)
     timesteps = lcm_timesteps(schedule, steps, getattr(unet.config, "lcm_grid", None) or 50)
@@ -204,6 +206,8 @@ def sample_lcm(unet, schedule, latents, context, w, steps, generator=None, progr
     for i, t in enumerate(progress(timesteps)):
         now = torch.full((batch,), t, device=device)
         x0 = consistency_function(unet, schedule, z, now, context, w)
+        if see:
+            see(x0)
         if i + 1 < steps:
             noise = draw_noise(latents.shape, generator, device)
             following = torch.full((batch,), timesteps[i + 1], device=device)

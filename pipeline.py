@@ -75,12 +75,13 @@ class Pipeline:
 
     @torch.no_grad()
     def draw(self, unet, prompts, seeds, steps, w, solver="lcm", size=None, negative="",
-             progress=iter):
+             progress=iter, see=None):
         """B prompts and B seeds -> images [B,3,H,W] in [0,1], float32.
 
         w: guidance, cond + w (cond - uncond). solver: "lcm" for a student, "ddim" for a teacher.
         size: (H, W) in pixels; what the UNet was trained at if None. negative: the prompt that
-        ddim's guidance leads away from. progress: wraps the list of timesteps, as tqdm does."""
+        ddim's guidance leads away from. progress: wraps the list of timesteps, as tqdm does. see:
+        called with a student's scaled latents at each step."""
         height, width = size or (unet.config.sample_size * self.vae.factor,) * 2
         shape = (len(prompts), unet.config.in_channels,
                  height // self.vae.factor, width // self.vae.factor)
@@ -93,7 +94,7 @@ class Pipeline:
             context = self.text_encoder(prompts)  # [B, L, D]
             if solver == "lcm":
                 latents = sample_lcm(
-                    unet, self.schedule, latents, context, w, steps, generators, progress)
+                    unet, self.schedule, latents, context, w, steps, generators, progress, see)
             else:
                 uncond_context = self.text_encoder([negative])  # [1, L, D]
                 latents = sample_ddim(

@@ -25,6 +25,7 @@ from support.cli import (
     make_folder,
     option,
     parse,
+    parse_size,
     peak_memory,
     pick_device,
     pick_precision,
@@ -94,16 +95,6 @@ def tell_cut(text_encoder, prompts):
         first = textwrap.shorten(next(iter(cut)), 40, placeholder="...")
         print(f"note: {len(cut)} of {len(set(prompts))} prompts cut at {longest} tokens, the rest "
               f"is not read: \"{first}\" has {next(iter(cut.values()))}")
-
-
-def parse_size(text, factor):
-    try:
-        h, w = (int(x) for x in text.lower().split("x"))
-    except ValueError:
-        raise InputError(f"--size {text}: expected HxW in pixels, such as 512x768") from None
-    require(h > 0 and w > 0 and h % factor == w % factor == 0,
-            f"--size {text}: height and width must be multiples of {factor}")
-    return h, w
 
 
 def main():

@@ -214,6 +214,17 @@ def make_folder(path, name="--out"):
     return Path(path)
 
 
+def parse_size(text, factor):
+    """"512x768" -> (512, 768): height and width in pixels, both multiples of `factor`."""
+    try:
+        h, w = (int(x) for x in text.lower().split("x"))
+    except ValueError:
+        raise InputError(f"--size {text}: expected HxW in pixels, such as 512x768") from None
+    require(h > 0 and w > 0 and h % factor == w % factor == 0,
+            f"--size {text}: height and width must be multiples of {factor}")
+    return h, w
+
+
 def require(condition, message):
     if not condition:
         raise InputError(message)

@@ -83,10 +83,15 @@ def to_tensor(picture):
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
 
 
-def save_png(image, file, **text):
-    """Write a PIL image to the Path `file`, with `text` in its metadata. The file appears whole."""
+def write_png(image, where, **text):
+    """A PIL image as PNG, with `text` in its metadata, to a path or an open binary file."""
     info = PngInfo()
     for key, value in text.items():
         info.add_itxt(key, str(value))
+    image.save(where, "PNG", pnginfo=info)
+
+
+def save_png(image, file, **text):
+    """Write a PIL image to the Path `file`, with `text` in its metadata. The file appears whole."""
     with whole_file(file) as new:
-        image.save(new, "PNG", pnginfo=info)
+        write_png(image, new, **text)
