@@ -17,6 +17,7 @@ import torch
 from lcm_solver import lcm_timesteps
 from pipeline import Pipeline, to_pil
 from reward import load_reward, read_picture
+from support import lora_files
 from support.checkpoints import checkpoints, step_of
 from support.cli import POCKET, option, parse, parse_size, pick_device, pick_precision, require, run
 from support.kernels import compile_for_drawing
@@ -33,6 +34,10 @@ class Config:
         str(POCKET), "VAE, text encoder, scheduler and teacher: a folder in the diffusers layout, "
         "a single file, or a hub id", group="what draws")
     unet: str | None = option(None, "the student (default: MODEL/student, or else MODEL's)")
+    lora: list[str] = option(
+        (), "a LoRA to merge into the student (default then: MODEL's); may be given several times",
+        list=True)
+    lora_scale: list[str] = option((), "how much of it, once for all or for each", list=True)
     second: str | None = option(None, "a second student, for Compare")
     run: str | None = option(None, "a run folder, whose checkpoints the tab Reward goes through")
     reward: str = option("pocket", "what training maximised (reward.py), or none", group="scores")
@@ -61,7 +66,9 @@ class Studio:
         self.load_checkpoint = functools.lru_cache(1)(self.load)
         self.load_reward = functools.cache(lambda spec: load_reward(spec, self.device))
         student = Path(args.model) / "student"
-        self.student = args.unet or str(student if student.is_dir() else args.model)
+        own = student.is_dir() and not args.lora
+        self.student = args.unet or str(student if own else args.model)
+        self.scales = lora_files.scales_of(args.lora, args.lora_scale)
         config = self.load_unet(self.student).config
         self.side = config.sample_size * self.model.vae.factor
         self.steps = min(STEPS, config.lcm_grid or 50)
@@ -72,9 +79,12 @@ class Studio:
                 f"--run {args.run}: no checkpoints there; expected a run folder of train.py")
         self.draw("", 1, 3.0, 0, f"{self.side}x{self.side}")  # the first takes longer
 
-    def load(self, where, student=True):
-        """Where each UNet comes from; a LoRA is to be merged into it here."""
-        unet = self.model.load_unet(where, student)
+    def load(self, where, student=True, lora=None):
+        """Where each UNet comes from. lora: of a run's checkpoint."""
+        loras, scales = ([lora], [1.0]) if lora else ((), ())
+        if student and where == self.student and not lora:
+            loras, scales = self.args.lora, self.scales
+        unet = self.model.load_unet(where, student, loras, scales)
         if self.args.compile:
             compile_for_drawing(unet)
         return unet
@@ -101,6 +111,8 @@ class Studio:
         unet, seed = unet or self.load_unet(where, solver == "lcm"), seed + more
         facts = {"prompt": prompt, "seed": seed, "steps": steps, "solver": solver, "guidance": w,
                  "negative": "", "model": self.args.model, "unet": where}  # as sample.py, in order
+        if self.args.lora and where == self.student and solver == "lcm":
+            facts["lora"] = lora_files.as_text(self.args.lora, self.scales)
         start, seen = time.perf_counter(), []
         image = self.model.draw(
             unet, [prompt], [seed], steps, w, solver, size, "", progress, see and seen.append)
@@ -181,8 +193,13 @@ class Studio:
         """Four pictures of the run's checkpoint of this number, 1 for the oldest."""
         settings, found = self.checked(prompt, steps, w, seed, size), self.checkpoints()
         require(number in range(1, len(found) + 1), f"checkpoint {number}: there are {len(found)}")
-        step, where = step_of(found[int(number) - 1]), str(found[int(number) - 1] / "unet_target")
-        unet, line = self.load_checkpoint(where), last_line(Path(self.args.run) / "log.jsonl", step)
+        folder = found[int(number) - 1]
+        step, where, lora = step_of(folder), str(folder / "unet_target"), folder / "lora_target"
+        if lora.is_dir():
+            unet, where = self.load_checkpoint(self.args.model, True, str(lora)), str(lora)
+        else:
+            unet = self.load_checkpoint(where)
+        line = last_line(Path(self.args.run) / "log.jsonl", step)
         rows = [self.picture(settings, None, i, where, unet)[1] for i in range(4)]
         reward = f", reward {line['reward']:.3f} in training" if "reward" in line else ""
         return sheet(rows, note=f"step {step}{reward}", head=True)

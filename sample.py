@@ -133,7 +133,7 @@ def main():
     facts = {"steps": args.steps, "solver": args.solver, "guidance": args.guidance,
              "negative": args.negative, "model": args.model, "unet": where}
     if args.lora:
-        facts["lora"] = " ".join(f"{file} {scale}" for file, scale in zip(args.lora, scales))
+        facts["lora"] = lora_files.as_text(args.lora, scales)
     loaded, drawing, shown = time.perf_counter(), 0.0, []
     bar = tqdm(total=math.ceil(len(prompts) / args.batch) * args.steps, unit="call", leave=False)
     for first in range(0, len(prompts), args.batch):

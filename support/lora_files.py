@@ -59,6 +59,11 @@ def scales_of(files, texts):
     return scales * len(files) if len(scales) == 1 else scales
 
 
+def as_text(files, scales):
+    """LoRA files and their scales in words, as a picture's metadata hold them."""
+    return " ".join(f"{file} {scale}" for file, scale in zip(files, scales))
+
+
 def find(path):
     """-> the file of `path`: itself, the one in a folder, or of a hub id."""
     path = local(path, "lora")

@@ -3,6 +3,7 @@
     python -m pytest -n0 -m slow -s tests/test_demo.py
 """
 import base64
+import dataclasses
 import io
 import json
 import os
@@ -238,6 +239,38 @@ def test_the_pages_png_is_the_file_of_sample_py(solver, studio, config, tmp_path
                 "--prompt", WORDS, "--guidance", 4.5, "--seed", 7, "--size", "24x40", "--solver",
                 solver, *options, "--out", tmp_path) == 0
     assert png == (tmp_path / "00000.png").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def lora_run(model_folder, tmp_path_factory):
+    """A run of low-rank updates with a checkpoint at step 10."""
+    from lora import LoRA, sharing
+    from unet import UNet
+    run = tmp_path_factory.mktemp("lora")
+    student = sharing(UNet.from_pretrained(model_folder), time_cond_proj_dim=256, lcm_grid=50)
+    lora = LoRA.new(student, rank=2)
+    for p in lora.parameters():
+        p.data += 0.1
+    lora.save_pretrained(run / "checkpoints/step-000010/lora_target")
+    (run / "log.jsonl").write_text('{"step": 10}\n')
+    return run
+
+
+def test_a_lora_draws_what_sample_py_draws_with_it_and_its_run_is_gone_through(
+        config, lora_run, tmp_path):
+    file = str(lora_run / "checkpoints/step-000010/lora_target")
+    changes = {"second": None, "lora": [file], "lora_scale": ["0.5"], "run": str(lora_run)}
+    studio = demo.Studio(dataclasses.replace(config, **changes))
+    [png] = pngs_in(studio.draw(WORDS, 2, 3.0, 0, SIZE))
+    for scale in (0.5, 1):
+        assert call(sample.main, "--model", config.model, "--device", "cpu", "--precision", "fp32",
+                    "--prompt", WORDS, "--size", SIZE, "--lora", file, "--lora-scale", scale,
+                    "--out", tmp_path / str(scale)) == 0
+    assert png == (tmp_path / "0.5/00000.png").read_bytes()
+    pixels = lambda data: np.asarray(Image.open(io.BytesIO(data)))
+    whole = pixels((tmp_path / "1/00000.png").read_bytes())
+    first = pngs_in(studio.checkpoint(1, WORDS, 2, 3.0, 0, SIZE))[0]
+    assert (pixels(first) == whole).all() and (pixels(png) != whole).any()
 
 
 def test_four_seeds_are_four_pictures_each_as_if_drawn_alone(studio):
