@@ -10,6 +10,7 @@ import os
 import traceback
 from html import escape
 from pathlib import Path
+from types import SimpleNamespace
 
 from PIL import Image
 
@@ -102,9 +103,8 @@ def told(function, outputs=1):
     return growing if inspect.isgeneratorfunction(function) else once
 
 
-def page(studio):
-    """-> gradio.Blocks on a demo.Studio. All that draws or scores waits in one queue with one
-    worker."""
+def handlers(studio):
+    """-> what the page's events call, on a demo.Studio."""
     import gradio as gr
     newest = {}  # which of a page's keys was the last one, by page
 
@@ -133,6 +133,15 @@ def page(studio):
     def score(prompt, reward, files, draws, steps, w, seed, size):
         return studio.score(prompt, reward, files, 8 if draws else 0, steps, w, seed, size)
 
+    return SimpleNamespace(key=key, forget=forget, draw=draw, restore=restore, compare=compare,
+                           score=score)
+
+
+def page(studio):
+    """-> gradio.Blocks on a demo.Studio. All that draws or scores waits in one queue with one
+    worker."""
+    import gradio as gr
+    on = handlers(studio)
     words = functools.partial(
         gr.Textbox, "a red apple", max_lines=2, max_length=LETTERS, label="prompt")
     rest = "steps, guidance, seed and size are those of Draw"
@@ -180,19 +189,20 @@ def page(studio):
         counted = {"js": "(...x) => [...x.slice(0, -1), window.keys || 0]"}  # see page.html
         hidden = {"api_visibility": "private", "show_progress": "hidden"}
         one = hidden | {"concurrency_id": "one", "concurrency_limit": 1}
-        gr.on(fields, key, number, None, queue=False, trigger_mode="multiple", **counted, **hidden)
-        gr.on([*fields, blocks.load], told(draw), [prompt, *settings, four, number], [drawn, said],
-              trigger_mode="always_last", **counted, **one)
-        file.upload(told(restore, 7), file, [prompt, *settings, four, drawn, said], **one).then(
+        gr.on(fields, on.key, number, None, queue=False, trigger_mode="multiple", **counted,
+              **hidden)
+        gr.on([*fields, blocks.load], told(on.draw), [prompt, *settings, four, number],
+              [drawn, said], trigger_mode="always_last", **counted, **one)
+        file.upload(told(on.restore, 7), file, [prompt, *settings, four, drawn, said], **one).then(
             None, None, file, js="() => null", **hidden)  # ready for the next
-        gr.on([begin.click, same.submit], told(compare), [same, w, seed, size], [compared, said],
+        gr.on([begin.click, same.submit], told(on.compare), [same, w, seed, size], [compared, said],
               show_progress_on=bar, **one | {"show_progress": "full"})
-        gr.on([judge.click, about.submit, reward.input], told(score),
+        gr.on([judge.click, about.submit, reward.input], told(on.score),
               [about, reward, files, draws, *settings], [scored, said],
               **one | {"show_progress": "minimal"})
         at.input(told(studio.checkpoint), [at, about, *settings], [reached, said],
                  trigger_mode="always_last", **one)
-        blocks.unload(forget)
+        blocks.unload(on.forget)
     return blocks.queue(max_size=WAITING, default_concurrency_limit=1, api_open=False)
 
 
