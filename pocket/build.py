@@ -7,8 +7,12 @@ seven npm packages.
     pip install resvg-py
     python pocket/build.py --packages . --stages all
 
-Stages, in this order. Each is resumable (the same command goes on where it stopped), and each
-prints what it reached:
+On two cores or more, processes of one thread each train a network faster than one of many threads:
+
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 pocket/build.py --stages teacher
+
+Stages, in this order. Each is resumable (the same command goes on where it stopped, on any number
+of processes), and each prints what it reached:
 
     data       11,169 captioned 64x64 pictures by six artists (emoji.py) -> data/train-000.tar and
                three tars of held-out ones: heldout, validation, unseen (webdataset)
@@ -28,6 +32,7 @@ import functools
 import io
 import json
 import math
+import os
 import random
 import shutil
 import subprocess
@@ -48,7 +53,9 @@ import emoji
 from emoji import SIZE
 from latent_rm import LatentRMConfig, LatentViT, clip_loss
 from lcm_solver import NoiseSchedule
+from pipeline import Pipeline, labelled_grid, save_png
 from reward import PocketReward
+from support import processes
 from support.cli import autocast, fast_attention, pick_precision, require, run
 from support.tokenizer import Tokenizer, write_tokenizer
 from support.weights import write_whole
@@ -57,11 +64,12 @@ from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
 VOCABULARY = 4096
-STEPS = {"vae": 10000, "judge": 2400, "reward": 2400, "text": 1000, "teacher": 16000,
-         "plain": 300, "student": 240}  # times --scale
-BATCH = {"vae": 8, "judge": 128, "reward": 128, "text": 128, "teacher": 32}
-# held-out prompts of README's picture, chosen by hand among those that the teacher draws well
-README_SHOWS = "71,5,18,217,146,34,159,199,29,72"
+STEPS = {"vae": 9000, "judge": 2400, "reward": 1700, "text": 700, "teacher": 4200,
+         "plain": 300, "student": 450}  # times --scale
+BATCH = {"vae": 8, "judge": 128, "reward": 128, "text": 128, "teacher": 64}
+# README's picture: words that a stranger knows at a glance
+SHOWN = ("red apple", "cat face", "rocket", "firefighter", "snowman", "desert island", "mushroom",
+         "octopus")
 
 
 # ---------------------------------------------------------------- data
@@ -102,7 +110,8 @@ def stage_tokenizer(args):
 def fit(name, args, modules, loss_of_step, lr, ema=None, weight_decay=0.01, warmup=200):
     """AdamW with warm-up and cosine decay over STEPS[name] -> the number of steps done now.
 
-    modules: {name: (module, lr factor)}. loss_of_step(step, generator) -> loss.
+    modules: {name: (module, lr factor)}. loss_of_step(step, generator) -> loss, of the rows of the
+    batch that are this process's (`rows`); all processes draw the whole batch.
     State goes to args.work/{name}.pt every two minutes, so that the same command resumes.
     Ends with the EMA weights in the modules."""
     steps = max(1, round(STEPS[name] * args.scale))
@@ -142,22 +151,22 @@ def fit(name, args, modules, loss_of_step, lr, ema=None, weight_decay=0.01, warm
             loss = loss_of_step(step, generator)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+        processes.average([p.grad for p in parameters], args.world)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if ema:
             with torch.no_grad():
                 torch._foreach_lerp_(average, parameters, 1 - min(ema, (step + 1) / (step + 10)))
         losses.append(loss.detach())
-        if (step + 1) % 100 == 0 or step + 1 in (20, steps):
+        if args.rank == 0 and ((step + 1) % 100 == 0 or step + 1 in (20, steps)):
             seconds = (time.time() - start) / (step + 1 - first)
             print(f"{name}: step {step + 1}/{steps}  loss {torch.stack(losses).mean():.4f}  "
                   f"{seconds:.3f} s/step  {seconds * (steps - step - 1) / 60:.1f} min left",
                   flush=True)
             losses.clear()
-        if time.time() - saved > 120:
+        if args.rank == 0 and (time.time() - saved > 120 or step + 1 == steps):
             save(step + 1)
             saved = time.time()
-    save(steps)
     if ema:
         with torch.no_grad():
             torch._foreach_copy_(parameters, average)
@@ -232,6 +241,16 @@ def draw(count, batch, generator):
     return torch.randint(0, count, (batch,), generator=generator)
 
 
+def faster(function, args):
+    """torch.compile on a GPU. On a CPU it takes minutes and buys little."""
+    return torch.compile(function) if args.device.type == "cuda" else function
+
+
+def rows(args):
+    """The rows of a batch that this process computes."""
+    return slice(args.rank, None, args.world)
+
+
 # ---------------------------------------------------------------- vae
 
 def stage_vae(args):
@@ -253,15 +272,18 @@ def stage_vae(args):
         error = out - pictures
         return error.abs().mean() + 5 * error.square().mean() + coarse + 1e-5 * kl
 
-    compiled = torch.compile(loss_on)
+    compiled = faster(loss_on, args)
 
     def loss_of_step(step, generator):
         pictures = augment(images[draw(len(images), BATCH["vae"], generator)], generator, flip=True)
         noise = torch.randn(BATCH["vae"], 4, SIZE // 4, SIZE // 4, generator=generator)
+        pictures, noise = pictures[rows(args)], noise[rows(args)]
         pictures = pictures.to(args.device, memory_format=torch.channels_last)
         return compiled(pictures, noise.to(args.device))
 
     fit("vae", args, {"vae": (vae, 1.0)}, loss_of_step, 2e-3, ema=0.999)
+    if args.rank > 0:
+        return
     vae.eval()
     whiten(vae, images, args)
     held_out, captions = read_split(args.out, "heldout")
@@ -340,6 +362,8 @@ def stage_clip(name, args):
         return loss_on(pictures, model.tokenize(prompts).to(args.device))
 
     fit(name, args, {"clip": (model.clip, 1.0)}, loss_of_step, 1e-3, ema=0.998, weight_decay=0.1)
+    if args.rank > 0:
+        return
     model.eval()
     model.save_pretrained(args.out / name, dtype=torch.float16)
     for split in ("heldout", "unseen"):
@@ -414,6 +438,25 @@ def fit_text_encoder(text_encoder, latents, captions, args):
     fit("text", args, modules, contrast_of_step, 7e-4, weight_decay=0.1)
 
 
+@torch.no_grad()
+def tell_loss(denoise, tokenizer, args):
+    """Print the loss on as many pictures of training and of `validation`, with the same noise: how
+    much the teacher has learnt by heart."""
+    told = []
+    for split in ("train", "validation"):
+        images, captions = read_split(args.out, split)
+        count = min(128, len(images))
+        latents = encode_split(images[:count], args)
+        ids = tokenizer(captions[:count]).to(args.device)
+        generator, losses = torch.Generator().manual_seed(0), []
+        for _ in range(8):
+            noise = torch.randn(latents.shape, generator=generator).to(args.device)
+            t = torch.randint(0, 1000, (count,), generator=generator).to(args.device)
+            losses.append(denoise(ids, latents, noise, t))
+        told.append(f"{split} {torch.stack(losses).mean():.4f}")
+    print(f"teacher: loss of {count} pictures: {', '.join(told)}")
+
+
 def stage_teacher(args):
     torch.manual_seed(3)
     tokenizer = Tokenizer.from_pretrained(args.out / "tokenizer")
@@ -437,9 +480,7 @@ def stage_teacher(args):
         # the picture is of, and where a 2-step student starts.
         return (snr ** -0.5 * (eps.float() - noise).square().mean(dim=(1, 2, 3))).mean()
 
-    # the pattern matcher would put the slow fused attention back (see cli.fast_attention)
-    options = {"pattern_matcher": False} if args.device.type == "cpu" else None
-    compiled = torch.compile(denoise, options=options)
+    compiled = faster(denoise, args)
 
     def denoise_of_step(step, generator):
         count = BATCH["teacher"]
@@ -451,13 +492,18 @@ def stage_teacher(args):
         # one timestep in each of as many equal parts of the schedule as there are pictures
         within = torch.rand(count, generator=generator, dtype=torch.float64)
         t = ((torch.arange(count) + within) / count * len(schedule)).long()
-        return compiled(text_encoder.tokenizer(prompts).to(args.device),
-                        latents[chosen.to(args.device)], noise.to(args.device), t.to(args.device))
+        part = rows(args)
+        ids, z = text_encoder.tokenizer(prompts[part]), latents[chosen[part].to(args.device)]
+        return compiled(ids.to(args.device), z, noise[part].to(args.device),
+                        t[part].to(args.device))
 
     modules = {"unet": (unet, 1.0), "text": (model, 0.3)}
     if fit("teacher", args, modules, denoise_of_step, 1e-3, ema=0.999):
         for name in ("plain", "student"):  # distilled from an earlier one
             shutil.rmtree(args.work / name, ignore_errors=True)
+    if args.rank > 0:
+        return
+    tell_loss(denoise, text_encoder.tokenizer, args)
     unet.save_pretrained(args.out / "unet", dtype=torch.float16)
     text_encoder.save_pretrained(args.out, dtype=torch.float16)
     (args.out / "scheduler").mkdir(exist_ok=True)
@@ -486,9 +532,10 @@ def distil(name, args, *options):
 def compare(unet, out, args, *options):
     """-> the rows of evaluate.py's table, with the scores of reward and judge, but not where the
     pictures lie."""
+    rehearsal = ["--limit", 8] if args.scale < 0.1 else []
     python("evaluate.py", "--unet", unet, "--out", out, "--model", args.out, "--reward",
            reward_of(args), "--judge", args.out / "judge", "--data",
-           args.out / "data/heldout-*.tar", *options)
+           args.out / "data/heldout-*.tar", *options, *rehearsal)
     rows = json.loads((out / "results.json").read_text())["rows"]
     for row in rows:
         row["scores"] = {key: row["scores"][key] for key in ("reward", "judge")}
@@ -504,13 +551,61 @@ def stage_student(args):
     plain = distil("plain", args, "--reward", "none")  # as long as the default run
     results = {"plain": compare(plain, args.work / "plain", args, "--teacher-steps", 0)[-1]}
     write_whole(args.out / "results.json", json.dumps(results) + "\n")
-    student = distil("student", args, "--reward", reward_of(args), "--ddim-steps", 4,
-                     "--solver-substeps", 2)
+    student = distil("student", args, "--reward", reward_of(args), "--ddim-steps", 50,
+                     "--reward-scale", 3)
     UNet.from_pretrained(student).save_pretrained(args.out / "student", dtype=torch.float16)
     results["shipped"] = compare(args.out / "student", args.work / "shipped", args,
-                                 "--real", "--teacher-n", 4, "--show", README_SHOWS)
-    shutil.copy(args.work / "shipped/grid.png", args.out / "grid.png")
+                                 "--real", "--teacher-n", 4)
     write_whole(args.out / "results.json", json.dumps(results) + "\n")
+    draw_words(args)
+    draw_held_out(args)
+
+
+class Artists:
+    """The teacher in 50 steps and the shipped student in two, w = 3."""
+
+    def __init__(self, args):
+        self.model = Pipeline.from_pretrained(args.out, args.device, args.precision)
+        self.teacher = self.model.load_unet(str(args.out), student=False)
+        self.student = self.model.load_unet(str(args.out / "student"), student=True)
+
+    def __call__(self, prompts):
+        """-> two tensors [B,3,64,64]"""
+        seeds = range(len(prompts))
+        return (self.model.draw(self.teacher, prompts, seeds, 50, 3.0, "ddim").cpu(),
+                self.model.draw(self.student, prompts, seeds, 2, 3.0).cpu())
+
+
+def draw_words(args):
+    """words.png, README's picture: rows are words, columns styles, by student and teacher."""
+    teacher, student = Artists(args)([f"{word}, {style}" for word in SHOWN
+                                      for style in emoji.STYLES])
+    by_word = (len(SHOWN), len(emoji.STYLES), 3, SIZE, SIZE)
+    gap = torch.ones(len(SHOWN), 1, 3, SIZE, SIZE)
+    images = torch.cat([student.view(by_word), gap, teacher.view(by_word)], dim=1)
+    columns = [*emoji.STYLES, "", *emoji.STYLES]
+    sheet = labelled_grid(images.flatten(0, 1), [*SHOWN], columns, scale=2)
+    save_png(sheet, args.out / "words.png")
+
+
+def draw_held_out(args, count=60, columns=10):
+    """heldout.png: held-out pairs drawn by chance, real pictures, teacher's and student's."""
+    images, captions = read_split(args.out, "heldout")
+    chosen = sorted(random.Random(0).sample(range(len(captions)), min(count, len(captions))))
+    artists, sheets = Artists(args), []
+    for first in range(0, len(chosen), columns):
+        some = chosen[first:first + columns]
+        prompts = [captions[i] for i in some]
+        short = [f"{prompt.split(', ')[0]}, {prompt.split(', ')[-1]}" for prompt in prompts]
+        tensors = torch.cat([images[some].float() / 255, *artists(prompts)])
+        names = ["real", "teacher\n50 steps", "student\n2 steps"]
+        sheets.append(labelled_grid(tensors, names, short, scale=2))
+    page = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), "white")
+    top = 0
+    for sheet in sheets:
+        page.paste(sheet, (0, top))
+        top += sheet.height
+    save_png(page, args.out / "heldout.png")
 
 
 STAGES = {
@@ -522,6 +617,9 @@ STAGES = {
     "teacher": stage_teacher,
     "student": stage_student,
 }
+
+
+PARALLEL = {"vae", "teacher"}  # a contrast is within the whole batch: the CLIPs are not
 
 
 def main():
@@ -536,18 +634,26 @@ def main():
     parser.add_argument("--device", type=torch.device,
                         default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--scale", type=float, default=1.0,
-                        help="multiplies every stage's number of steps (0.01: a rehearsal)")
+                        help="multiplies every stage's number of steps (0.005: a rehearsal)")
     args = parser.parse_args()
     args.out, args.work = args.out.resolve(), args.work.resolve()
     args.precision = pick_precision("auto", args.device)
+    args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.world > 1:
+        torch.distributed.init_process_group("gloo")
     args.work.mkdir(parents=True, exist_ok=True)
     chosen = list(STAGES) if args.stages == "all" else args.stages.split(",")
     if set(chosen) - set(STAGES):
         parser.error(f"--stages {args.stages}: expected some of {','.join(STAGES)}")
+    if args.world > 1 and set(chosen) - PARALLEL:
+        parser.error(f"--stages {args.stages} on {args.world} processes: only "
+                     f"{','.join(sorted(PARALLEL))} are shared out; run the others on one")
     for stage in chosen:
         start = time.time()
         STAGES[stage](args)
-        print(f"{stage}: done in {(time.time() - start) / 60:.1f} min", flush=True)
+        if args.rank == 0:
+            print(f"{stage}: done in {(time.time() - start) / 60:.1f} min", flush=True)
+    processes.end(args.world, torch.device("cpu"))
 
 
 if __name__ == "__main__":
