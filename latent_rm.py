@@ -258,7 +258,7 @@ SIZES = {
 # and decay are the defaults of the published trainer.
 PUBLISHED = {"size": "sd21", "resolution": 512, "batch_size": 480, "steps": 90_000, "lr": 5e-4,
              "warmup": 10_000, "weight_decay": 0.2}
-ANY_SIZE = {"data": None, "model": None, "workers": 8}
+ANY_SIZE = {"data": None, "model": None, "workers": 8, "compile": torch.cuda.is_available()}
 PRESETS = {
     "pocket": {},
     "sd21": PUBLISHED | ANY_SIZE | {"out": "runs/latent_rm21"},

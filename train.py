@@ -44,7 +44,7 @@ PUBLISHED = {"resolution": 512, "steps": 10_000, "lr": 1e-6, "lr_schedule": "con
              "ddim_steps": 50, "w_min": 5.0, "w_max": 15.0, "reward": "hpsv2.1",
              "reward_scale": 1.0, "rm_batch": 16, "rm_tau": 0.01, "rm_tau_lrm": 0.01}
 ANY_SIZE = {"teacher": None, "data": None, "judge": None, "judge_prompts": None,
-            "grad_checkpoint": True, "workers": 8}
+            "grad_checkpoint": True, "workers": 8, "compile": torch.cuda.is_available()}
 PRESETS = {
     "pocket": {},
     "sd21": PUBLISHED | ANY_SIZE | {"out": "runs/sd21"},

@@ -45,7 +45,8 @@ class RunConfig:
     precision: str = option(
         "auto", "arithmetic of the networks; weights stay float32",
         choices=("auto", "bf16", "fp32"))
-    compile: bool = option(torch.cuda.is_available(), "torch.compile the networks")
+    compile: bool = option(
+        False, "torch.compile the networks: minutes before the first step, faster ones after")
     workers: int = option(0, "data loading processes")
     caption_lines: bool = option(
         False, "a caption file holds one caption a line, of which one is drawn", group=DATA)
