@@ -125,7 +125,7 @@ class Reward(nn.Module):
         score(images, text)     tensors only: the part that compile() compiles
 
     `weights` {name: factor} and parts(images, prompts) {name: [B]}: reward(...) is the sum of
-    factor times part.
+    factor times part, which total(parts) gives too.
     `differentiable`: False for black boxes, which raise InputError where a gradient is asked of
     them.
 
@@ -133,6 +133,7 @@ class Reward(nn.Module):
     there only the first batch is looked at: a wrong range is there from the start, and a NaN that
     comes later shows in the score."""
     name, differentiable, looked, antialias = "reward", True, False, True
+    resolution = None  # side of the pictures that it reads; None: as they are
 
     def forward(self, images, prompts):
         require(images.ndim == 4 and images.shape[1] == 3 and images.is_floating_point(),
@@ -147,6 +148,8 @@ class Reward(nn.Module):
                     f"images with values from {low:.4g} to {high:.4g}; "
                     "a reward needs numbers in [0, 1]")
             self.looked = True
+        if self.resolution:  # Pillow too cuts off what bicubic throws over the edge
+            images = fit(images, self.resolution, "squash").clamp(0, 1)
         with torch.no_grad():
             text = self.encode(prompts)
         return self.score(images, text).float()
@@ -157,6 +160,9 @@ class Reward(nn.Module):
 
     def parts(self, images, prompts):
         return {self.name: self(images, prompts)}
+
+    def total(self, parts):
+        return sum(self.weights[name] * part for name, part in parts.items())
 
     def compile(self, **options):
         if self.differentiable:
@@ -386,7 +392,7 @@ class Mixture(Reward):
         return {reward.name: reward(images, prompts) for reward in self.rewards}
 
     def forward(self, images, prompts):
-        return sum(self.weights[name] * part for name, part in self.parts(images, prompts).items())
+        return self.total(self.parts(images, prompts))
 
     def compile(self, **options):
         for reward in self.rewards:
@@ -588,7 +594,7 @@ def parse_spec(spec):
     return parts
 
 
-def load_reward(spec, device=None, dtype=None, grad_checkpoint=False):
+def load_reward(spec, device=None, dtype=None, grad_checkpoint=False, resolution=None):
     """spec: see the top of this file -> Reward, frozen, in eval mode, differentiable with respect
     to the images.
 
@@ -596,6 +602,7 @@ def load_reward(spec, device=None, dtype=None, grad_checkpoint=False):
     scores stay in float32.
     grad_checkpoint: recompute the image tower's activations in the backward pass: less memory,
     more time.
+    resolution: pictures are brought to this side, antialiased, before a reward reads them.
     A missing file is fetched from the hub. Without one, InputError names the file, its size and
     its sha256 where known.
 
@@ -614,7 +621,7 @@ def load_reward(spec, device=None, dtype=None, grad_checkpoint=False):
         require(title not in [r.name for r in rewards],
                 f"reward {spec}: {title} stands there twice; "
                 "give it once, with the sum of the weights")
-        reward.name = title
+        reward.name, reward.resolution = title, resolution
         rewards.append(reward)
         factors.append(factor)
     reward = rewards[0] if factors == [1.0] else Mixture(rewards, factors)

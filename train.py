@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+import brakes
 import data
 import evaluate
 import latent_rm as proxy
@@ -54,7 +55,7 @@ PRESETS = {
 
 
 @dataclass
-class Config(runs.RunConfig):
+class Config(brakes.Options, runs.RunConfig):
     preset: str = option(
         "pocket", "values of all options that are not given (PRESETS in this file)",
         choices=tuple(PRESETS), group=runs.TRAINING)
@@ -109,6 +110,9 @@ class Config(runs.RunConfig):
     rm_loss: str = option(
         "kl", "divergence of the two preferences, or cross-entropy on the expert's choice",
         choices=("kl", "ce"))
+    rm_privileged: bool = option(
+        False, "the LRM does not learn to prefer a generated picture to the real one, whatever the "
+               "expert says (--smooth_gt_label of the published code)")
     rm_tau: float = option(
         0.05, "temperature of the expert's scores, in their unit: "
               "what counts as a clear difference")
@@ -164,7 +168,8 @@ def distillation_loss(
     -> loss (with a latent_rm: the sum of the student's and the LRM's, which share no gradient),
        {name: detached scalar}: "loss", the student's; "reward", what the reward model gives to the
        student's pictures (with a latent_rm: to those that it compares; what is maximised is then
-       "rm_score"); and "lcd_at" [2, N], L_LCD by_grid_point
+       "rm_score"); "lcd_at" [2, N], L_LCD by_grid_point; and with a reward "latent_grad" [2], which
+       the backward pass fills (brakes.apart)
     """
     tensors, captions, (posterior_noise, noise, u_w, u_s) = batch
     schedule = solver.schedule
@@ -190,7 +195,9 @@ def distillation_loss(
         # is z itself. f_ema(z_t, w, c, t): what the student's is to agree with
         goal = consistency_function(target, schedule, z_t, t, context, w)
 
-    prediction = consistency_function(student, schedule, z_s, s, context, w)  # f(z_s, w, c, s)
+    latents = consistency_function(student, schedule, z_s, s, context, w)  # f(z_s, w, c, s)
+    # the gradients of L_LCD and of the reward to it are measured apart
+    prediction, rated, squares = brakes.apart(latents)
     # L_LCD of each sample, the consistency of two neighbours on one trajectory
     distance = huber(prediction, goal, dim=(1, 2, 3))  # [B]
     lcd = distance.mean()
@@ -200,7 +207,7 @@ def distillation_loss(
     score, rm_loss, stats = 0.0, 0.0, {}
     if latent_rm is not None:
         text = latent_rm.text_features(captions[:max(args.reward_batch, args.rm_batch)])
-        score = latent_reward(model, latent_rm, prediction[rewarded], text[rewarded])
+        score = latent_reward(model, latent_rm, rated[rewarded], text[rewarded])
         candidates = {
             "prediction": prediction.detach()[compared],
             "ema": goal[compared],
@@ -210,10 +217,12 @@ def distillation_loss(
             model, latent_rm, reward, candidates, captions[compared], text[compared], args)
         stats["rm_score"] = score.detach()
     elif reward is not None:
-        score, stats = direct_reward(model, reward, prediction[rewarded], captions[rewarded], args)
+        score, stats = direct_reward(model, reward, rated[rewarded], captions[rewarded], args)
 
     loss = lcd - args.reward_scale * score  # L = L_LCD - beta R (RG-LCD, eq. 8)
     at = by_grid_point(distance.detach(), index, len(solver.timesteps))
+    if stats:
+        stats["latent_grad"] = squares
     stats = {"lcd": lcd.detach()} | stats | {"loss": loss.detach(), "lcd_at": at}
     return loss + rm_loss, stats
 
@@ -239,11 +248,12 @@ def direct_reward(model, reward, latents, captions, args):
             checkpoint(model.decode, one, use_reentrant=False) for one in latents.split(1)])
     else:
         images = model.decode(latents)
-    parts = {name: scores.mean() for name, scores in reward.parts(images, captions).items()}
-    score = sum(reward.weights[name] * part for name, part in parts.items())
-    stats = {"reward": score.detach()}
+    parts, plain = brakes.score(reward, images, captions, args)
+    score = reward.total({name: part.mean() for name, part in parts.items()})
+    means = {name: part.mean().detach() for name, part in plain.items()}
+    stats = {"reward": reward.total(means)}
     if len(parts) > 1:
-        stats |= {f"reward/{name}": part.detach() for name, part in parts.items()}
+        stats |= {f"reward/{name}": mean for name, mean in means.items()}
     return score, stats
 
 
@@ -268,18 +278,24 @@ def proxy_loss(model, latent_rm, reward, candidates, captions, text, args):
     -> loss with gradient to the LRM only, {name: detached scalar}
     """
     with torch.no_grad():
-        scores = [reward(model.decode(latents), captions) for latents in candidates.values()]
-        expert = torch.stack(scores, dim=1)  # [B, K]
+        scores = [brakes.score(reward, model.decode(latents), captions, args)
+                  for latents in candidates.values()]
+        # [B, K]: as the LRM is to prefer, and as they are
+        expert, plain = (torch.stack([reward.total(parts) for parts in column], dim=1)
+                         for column in zip(*scores))
     latents = torch.cat(list(candidates.values())) / model.vae.config.scaling_factor  # [K*B,4,h,w]
     image = latent_rm.image_features(latents).unflatten(0, (len(candidates), -1))  # [K, B, D]
     lrm = (image * text).sum(dim=-1).T  # [B, K]
-    loss = proxy.preference_loss(expert, lrm, args.rm_tau, args.rm_tau_lrm, args.rm_loss)
+    loss = proxy.preference_loss(
+        expert, lrm, args.rm_tau, args.rm_tau_lrm, args.rm_loss, args.rm_privileged)
     stats = {
         "rm_loss": loss.detach(),
         "rm_accuracy": proxy.preference_accuracy(expert, lrm.detach()),
-        "reward": expert[:, 0].mean(),
+        "reward": plain[:, 0].mean(),
+        # how often the expert prefers a generated picture to the real one, which is the last
+        "expert/prefers_generated": (plain[:, :-1] > plain[:, -1:]).float().mean(),
     }
-    stats |= {f"expert/{name}": column.mean() for name, column in zip(candidates, expert.T)}
+    stats |= {f"expert/{name}": column.mean() for name, column in zip(candidates, plain.T)}
     return loss, stats
 
 
@@ -304,7 +320,8 @@ class Networks:
         model.check(teacher, args.teacher, student=False).requires_grad_(False)
         reward = None
         if args.reward != "none":
-            reward = load_reward(args.reward, device, dtype, args.grad_checkpoint)
+            reward = load_reward(
+                args.reward, device, dtype, args.grad_checkpoint, args.reward_resolution)
             require(
                 reward.differentiable or args.latent_rm is not None,
                 f"--reward {args.reward}: a black box, which gives no gradient to maximise; "
@@ -474,6 +491,7 @@ def optimizer_step(networks, one_pass, optimizer, step, tensors, captions, draws
 
 def check(args):
     runs.check_preset(args, "teacher", "data")
+    brakes.check(args)
     at_least(1, args, "batch_size", "grad_accum", "steps", "warmup", "reward_batch", "rm_batch",
              "solver_substeps", "resolution", "checkpoint_every", "log_every", "sample_every",
              "keep", "max_bad_steps")
@@ -525,10 +543,14 @@ def check_latents(args, shards, latent_rm, shape):
 
 
 def means_by_name(means, timesteps):
-    """What log.jsonl shows of the means of all steps since the last line: numbers, and under
-    "lcd_at" L_LCD by timestep."""
+    """What log.jsonl shows of the means of all steps since the last line: numbers, under "lcd_at"
+    L_LCD by timestep, and under "reward_ratio" how long the reward's gradient to the student's
+    latents was for one of L_LCD."""
     sums, counts = means.pop("lcd_at").tolist()
+    lcd, reward = means.pop("latent_grad", torch.zeros(2)).tolist()
     line = {name: value.item() for name, value in means.items()}
+    if lcd > 0:
+        line["reward_ratio"] = (reward / lcd) ** 0.5
     points = zip(timesteps, sums, counts)
     line["lcd_at"] = {str(t): total / count for t, total, count in points if count > 0}
     return line

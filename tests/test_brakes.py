@@ -1,0 +1,218 @@
+"""What keeps a student from exploiting its reward (brakes.py): each option against its formula."""
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import brakes
+import train
+from conftest import agree, log, rand, randomize
+from data import Shards
+from latent_rm import LatentRM, preference_loss
+from lcm_solver import DDIMSolver
+from pipeline import Pipeline
+from reward import Mixture, Reward, load_reward
+from unet import UNet
+
+
+class Fixed(Reward):
+    """Scores that are given, with gradient to the pictures; what it was shown is kept."""
+
+    def __init__(self, name, *scores):
+        super().__init__()
+        self.name, self.scores, self.seen = name, list(scores), []
+
+    def encode(self, prompts):
+        return None
+
+    def score(self, images, text):
+        self.seen.append(images.detach())
+        found = self.scores.pop(0) if self.scores else torch.zeros(len(images))
+        return found + (images - images.detach()).mean(dim=(1, 2, 3))
+
+
+def network(model_folder, seed, **more):
+    return randomize(UNet.from_pretrained(model_folder, **more), seed)
+
+
+@pytest.fixture
+def scene(model_folder, shard):
+    """All that one call of distillation_loss takes, for 4 rows, of which 3 are rewarded."""
+    model = Pipeline.from_pretrained(model_folder, torch.device("cpu"), torch.float32)
+    images, captions = zip(*(Shards(shard, 32)[i] for i in range(4)))
+    draws = (rand(4, 4, 8, 8, seed=4), rand(4, 4, 8, 8, seed=5),
+             torch.tensor([0.0, 0.3, 0.6, 0.9]), torch.tensor([0.0, 0.15, 0.61, 0.999]))
+    return dict(
+        model=model, teacher=network(model_folder, 1).requires_grad_(False),
+        student=network(model_folder, 2, w_embed_dim=256),
+        target=network(model_folder, 3, w_embed_dim=256).requires_grad_(False),
+        reward=load_reward(f"pocket={model_folder}"), solver=DDIMSolver(model.schedule, 50),
+        batch=(torch.stack(images), list(captions), draws),
+        args=train.Config(ddim_steps=50, w_min=0.2, w_max=0.6, reward_scale=0.7, reward_batch=3))
+
+
+@pytest.fixture
+def proxied(scene, model_folder):
+    """The scene with a latent proxy; 2 rows are compared."""
+    scene["args"].rm_batch, scene["args"].rm_tau, scene["args"].rm_tau_lrm = 2, 0.3, 0.2
+    latent_rm = LatentRM.from_pretrained(model_folder / "latent_rm").train()
+    latent_rm.train_top(2, 3)
+    return scene | {"latent_rm": latent_rm}
+
+
+def gradients(net, loss):
+    net.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+
+
+def same_gradients(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    floor = 1e-2 * max(g.abs().max().item() for g in theirs.values())
+    for name in theirs:
+        agree(ours[name], theirs[name], floor=floor)
+
+
+def resumed(fit, tmp_path, **options):
+    """Runs of 4 steps, whole and stopped after 2 -> their folders, equal bit for bit."""
+    whole, out = tmp_path / "whole", tmp_path / "stopped"
+    assert fit(whole, keep=3, **options) == 0 and fit(out, keep=3, **options) == 0
+    (out / "checkpoints/step-000004").rename(tmp_path / "moved-away")
+    assert fit(out, keep=3, **options) == 0
+    files = [file.relative_to(whole) for file in whole.glob("*/*.safetensors")]
+    assert len(files) >= 2
+    for file in files:
+        assert (out / file).read_bytes() == (whole / file).read_bytes(), file
+    assert log(out, "loss", "grad_norm") == log(whole, "loss", "grad_norm")
+    return whole
+
+
+# --------------------------------------------------------------------- the published proxy's letter
+
+@pytest.mark.parametrize("kind", ["kl", "ce"])
+def test_the_real_picture_is_privileged_if_it_is_asked_for(kind, proxied, monkeypatch):
+    """The expert's scores are given: of the first row it prefers the prediction to the real one."""
+    columns = torch.tensor([[0.9, 0.1], [0.2, 0.4], [0.5, 0.6]])  # prediction, EMA, real
+    seen, of = [], train.proxy.preference_loss
+    monkeypatch.setattr(train.proxy, "preference_loss", lambda *a: seen.append(a[1]) or of(*a))
+    proxied["args"].rm_loss, losses = kind, {}
+    for privileged in (False, True):
+        proxied["args"].rm_privileged = privileged
+        _, stats = train.distillation_loss(**proxied | {"reward": Fixed("fixed", *columns)})
+        expected = preference_loss(columns.T, seen[-1], 0.3, 0.2, kind, privileged)
+        losses[privileged] = stats["rm_loss"].item()
+        assert losses[privileged] == pytest.approx(expected.item(), rel=1e-5)
+    assert losses[False] != pytest.approx(losses[True], rel=1e-3)
+    # of the four pairs of a generated and a real picture, one
+    assert stats["expert/prefers_generated"].item() == 0.25
+
+
+def test_of_a_reward_no_more_than_the_cap_counts_and_beyond_it_gives_no_gradient(scene):
+    """min(R, cap) of each picture and of each part of a sum, and its gradient; the log shows R."""
+    args = scene["args"]
+    args.reward_cap = 2.0
+    one, two = torch.tensor([1.0, 3.0, 5.0]), torch.tensor([2.5, 0.0, -1.0])
+    both = Mixture([Fixed("one", one), Fixed("two", two)], [0.5, 2.0])
+    images = torch.full((3, 3, 8, 8), 0.5).requires_grad_()
+    parts, plain = brakes.score(both, images, [""] * 3, args)
+    assert parts["one"].tolist() == [1, 2, 2] and parts["two"].tolist() == [2, 0, -1]
+    # -relu(2 - R), as published, is 2 less
+    agree(parts["one"] - 2, -F.relu(2 - one))
+    both.total(parts).sum().backward()
+    slopes = images.grad.sum(dim=(1, 2, 3)).tolist()
+    assert slopes == pytest.approx([0.5, 2.0, 2.0])  # of 1, of 2, of 2
+    assert plain["one"].tolist() == [1, 3, 5]
+    both = Mixture([Fixed("one", one), Fixed("two", two)], [0.5, 2.0])
+    loss, stats = train.distillation_loss(**scene | {"reward": both})
+    assert stats["reward"].item() == pytest.approx((0.5 * 9 + 2 * 1.5) / 3)
+    capped = (0.5 * 5 + 2 * 1.0) / 3
+    assert loss.item() == pytest.approx(stats["lcd"].item() - 0.7 * capped, rel=1e-5)
+
+
+def test_beyond_the_cap_the_expert_prefers_none(proxied, monkeypatch):
+    columns = torch.tensor([[0.9, 0.1], [0.5, 0.4], [0.7, 0.6]])
+    proxied["args"].reward_cap = 0.45
+    seen, of = [], train.proxy.preference_loss
+    monkeypatch.setattr(train.proxy, "preference_loss", lambda *a: seen.append(a[0]) or of(*a))
+    _, stats = train.distillation_loss(**proxied | {"reward": Fixed("fixed", *columns)})
+    agree(seen[0], torch.tensor([[0.45, 0.45, 0.45], [0.1, 0.4, 0.45]]))
+    assert stats["expert/real"].item() == pytest.approx(0.65)
+
+
+def test_a_reward_may_read_at_another_resolution(scene, model_folder):
+    """Antialiased, before all that the reward itself does with a picture; parts of a sum too."""
+    spec = f"pocket={model_folder}"
+    images = rand(3, 3, 32, 32).mul(0.3).add(0.5).clamp(0, 1)
+    small = F.interpolate(images, (12, 12), mode="bicubic", antialias=True).clamp(0, 1)
+    reward, plain = load_reward(spec, resolution=12), load_reward(spec)
+    prompts = ["moon", "rocket", ""]
+    agree(reward(images, prompts), plain(small, prompts), 1e-6)
+    assert (reward(images, prompts) - plain(images, prompts)).abs().max() > 1e-3
+    both = load_reward(f"jpeg+{spec}*2", resolution=12)
+    agree(both(images, prompts), load_reward(f"jpeg+{spec}*2")(small, prompts), 1e-6)
+    loaded = train.Networks.load(
+        train.Config(teacher=str(model_folder), resolution=32, reward=spec, reward_resolution=12),
+        None, torch.device("cpu"), torch.float32)
+    agree(loaded.reward(images, prompts), plain(small, prompts), 1e-6)
+
+
+# --------------------------------------------------------------------- the ratio of the gradients
+
+def length(tensor):
+    return tensor.square().sum().sqrt().item()
+
+
+@pytest.mark.parametrize("path", ["direct", "proxy"])
+def test_the_gradients_at_the_students_latents_are_measured_apart(path, scene, proxied):
+    """Against autograd's own, term by term; the sum of both reaches the student as before."""
+    case, seen = (scene if path == "direct" else proxied), []
+    of = train.consistency_function
+
+    def keep(*inputs):
+        seen.append(of(*inputs))
+        return seen[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "consistency_function", keep)
+        loss, stats = train.distillation_loss(**case)
+        latents = seen[-1]  # the student's; the target's came before
+        plain, bare = train.distillation_loss(**case | {"reward": None, "latent_rm": None})
+        plain_latents = seen[-1]
+    assert "latent_grad" not in bare
+    whole, = torch.autograd.grad(loss, latents, retain_graph=True)
+    lcd, = torch.autograd.grad(plain, plain_latents, retain_graph=True)
+    stats["latent_grad"].zero_()
+    loss.backward()
+    found = stats["latent_grad"].sqrt().tolist()
+    assert found == pytest.approx([length(lcd), length(whole - lcd)], rel=1e-4) and found[1] > 1e-4
+
+
+def test_the_log_shows_the_ratio_wherever_there_is_a_reward(fit, tmp_path, model_folder):
+    reward = f"pocket={model_folder}"
+    for scale in (1.0, 3.0):
+        out = tmp_path / str(scale)
+        assert fit(out, steps=1, reward=reward, reward_scale=scale, norms_every=0) == 0
+    (one,), (three,) = (log(tmp_path / str(scale), "reward_ratio")[0] for scale in (1.0, 3.0))
+    assert three == pytest.approx(3 * one, rel=1e-4) and one > 0
+    assert fit(tmp_path / "plain", steps=1) == 0
+    line = json.loads((tmp_path / "plain/log.jsonl").read_text())
+    assert "reward_ratio" not in line and "latent_grad" not in line
+
+
+# --------------------------------------------------------------------- bad input
+
+WRONG = {
+    "a cap of no reward": ({"reward_cap": 2}, "--reward-cap: of the reward, and there is none"),
+    "a resolution of 0": ({"reward_resolution": 0, "reward": "pocket"}, "--reward-resolution 0"),
+    "privileged without a proxy": (
+        {"rm_privileged": True, "reward": "pocket"}, "--rm-privileged: of the latent proxy"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_options_are_one_line_and_exit_code_2(case, fit, tmp_path, capsys):
+    changes, named = WRONG[case]
+    assert fit(tmp_path, **changes) == 2
+    message = capsys.readouterr().err
+    assert named in message and message.count("\n") == 1
