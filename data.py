@@ -392,18 +392,23 @@ def positions(step, rows, rank=0, world=1):
     return range(first, first + rows)
 
 
-def random_draws(seed, places, shape, device):
+def random_draws(seed, places, shape, device, side=None):
     """Everything random about the samples at `places` of the stream, as plain variates.
 
     -> posterior_noise and noise [B,*shape], unit normal; u_w and u_s [B], uniform in [0,1): for
     the guidance weight and for the timestep. What law they follow is the method's affair
     (train.distillation_loss). One generator per sample, so nothing depends on batch, rank or
-    number of processes."""
+    number of processes.
+    side: of the pictures; then after these u_view [B,3], uniform, and view_noise [B,3,side,side],
+    unit normal, for the way that a reward sees them (brakes.jittered)."""
     rows = []
     for place in places:
         g = torch.Generator().manual_seed(mix(mix(seed, 1), place))
-        rows.append((torch.randn(shape, generator=g), torch.randn(shape, generator=g),
-                     torch.rand((), generator=g), torch.rand((), generator=g)))
+        row = [torch.randn(shape, generator=g), torch.randn(shape, generator=g),
+               torch.rand((), generator=g), torch.rand((), generator=g)]
+        if side is not None:
+            row += [torch.rand(3, generator=g), torch.randn(3, side, side, generator=g)]
+        rows.append(row)
     return [torch.stack(column).to(device, non_blocking=True) for column in zip(*rows)]
 
 

@@ -164,6 +164,7 @@ def distillation_loss(
         draws       all that is random (data.random_draws):
                         posterior_noise, noise    [B,4,h,w], unit normal
                         u_w, u_s                  [B], uniform in [0,1), for w and for s
+                        two more with --reward-jitter (brakes.jittered)
 
     -> loss (with a latent_rm: the sum of the student's and the LRM's, which share no gradient),
        {name: detached scalar}: "loss", the student's; "reward", what the reward model gives to the
@@ -171,7 +172,7 @@ def distillation_loss(
        "rm_score"); "lcd_at" [2, N], L_LCD by_grid_point; and with a reward "latent_grad" [2], which
        the backward pass fills (brakes.apart)
     """
-    tensors, captions, (posterior_noise, noise, u_w, u_s) = batch
+    tensors, captions, (posterior_noise, noise, u_w, u_s, *view) = batch
     schedule = solver.schedule
     with torch.no_grad():
         # z = VAE(x), drawn from its posterior; c = text(prompt), and the empty prompt for guidance
@@ -214,10 +215,12 @@ def distillation_loss(
             "real": z[compared],
         }
         rm_loss, stats = proxy_loss(
-            model, latent_rm, reward, candidates, captions[compared], text[compared], args)
+            model, latent_rm, reward, candidates, captions[compared], text[compared], args,
+            [draw[compared] for draw in view])
         stats["rm_score"] = score.detach()
     elif reward is not None:
-        score, stats = direct_reward(model, reward, rated[rewarded], captions[rewarded], args)
+        score, stats = direct_reward(model, reward, rated[rewarded], captions[rewarded], args,
+                                     [draw[rewarded] for draw in view])
 
     loss = lcd - args.reward_scale * score  # L = L_LCD - beta R (RG-LCD, eq. 8)
     at = by_grid_point(distance.detach(), index, len(solver.timesteps))
@@ -234,8 +237,8 @@ def by_grid_point(values, index, points):
     return torch.zeros(2, points, device=values.device).index_add(1, index, each)
 
 
-def direct_reward(model, reward, latents, captions, args):
-    """R(decode(f), prompt): the reward of the decoded pictures.
+def direct_reward(model, reward, latents, captions, args, view=()):
+    """R(decode(f), prompt): the reward of the decoded pictures, seen by `view` (brakes.score).
 
     Scaled latents [B,4,h,w] -> mean score with gradient to them, {name: detached scalar}
 
@@ -248,7 +251,7 @@ def direct_reward(model, reward, latents, captions, args):
             checkpoint(model.decode, one, use_reentrant=False) for one in latents.split(1)])
     else:
         images = model.decode(latents)
-    parts, plain = brakes.score(reward, images, captions, args)
+    parts, plain = brakes.score(reward, images, captions, args, view)
     score = reward.total({name: part.mean() for name, part in parts.items()})
     means = {name: part.mean().detach() for name, part in plain.items()}
     stats = {"reward": reward.total(means)}
@@ -270,7 +273,7 @@ def latent_reward(model, latent_rm, latents, text):
     return (image * text.detach()).sum(dim=1).mean()
 
 
-def proxy_loss(model, latent_rm, reward, candidates, captions, text, args):
+def proxy_loss(model, latent_rm, reward, candidates, captions, text, args, view=()):
     """What the proxy learns: to prefer among candidates what the expert prefers (eq. 11).
 
     candidates: {name: scaled latents [B,4,h,w]} without gradient, for the same B captions, whose
@@ -278,7 +281,7 @@ def proxy_loss(model, latent_rm, reward, candidates, captions, text, args):
     -> loss with gradient to the LRM only, {name: detached scalar}
     """
     with torch.no_grad():
-        scores = [brakes.score(reward, model.decode(latents), captions, args)
+        scores = [brakes.score(reward, model.decode(latents), captions, args, view)
                   for latents in candidates.values()]
         # [B, K]: as the LRM is to prefer, and as they are
         expert, plain = (torch.stack([reward.total(parts) for parts in column], dim=1)
@@ -322,6 +325,7 @@ class Networks:
         if args.reward != "none":
             reward = load_reward(
                 args.reward, device, dtype, args.grad_checkpoint, args.reward_resolution)
+            brakes.check_reward(reward, args)
             require(
                 reward.differentiable or args.latent_rm is not None,
                 f"--reward {args.reward}: a black box, which gives no gradient to maximise; "
@@ -456,7 +460,8 @@ def optimizer_step(networks, one_pass, optimizer, step, tensors, captions, draws
     if due and networks.reward is not None:
         alone = getattr(one_pass, "module", one_pass)
         lcd = lcd_gradient(alone, optimizer, tensors, captions, draws, args, world)
-    totals = add_gradients(one_pass, tensors, captions, draws, args)
+    with brakes.shaken(networks.reward, args, step):
+        totals = add_gradients(one_pass, tensors, captions, draws, args)
     if args.shard:
         processes.average([p.grad for p in rm_weights], world)
         processes.reshard([*networks.trained().values()][1])
@@ -626,7 +631,8 @@ def train(run, networks, one_pass, optimizer, shards, shape, args, rank, world, 
     with processes.Stop() as stop:
         for step, (tensors, captions) in zip(range(run.start, args.steps), stream):
             places = data.positions(step, rows, rank, world)  # of these rows in the stream
-            draws = data.random_draws(args.seed, places, shape, device)
+            draws = data.random_draws(args.seed, places, shape, device,
+                                      args.resolution if args.reward_jitter else None)
             stats = optimizer_step(networks, one_pass, optimizer, step, tensors, captions, draws,
                                    args, world)
             done = step + 1

@@ -32,6 +32,10 @@ class Fixed(Reward):
         return found + (images - images.detach()).mean(dim=(1, 2, 3))
 
 
+def brightness(images, prompts):
+    return images.mean(dim=(1, 2, 3))
+
+
 def network(model_folder, seed, **more):
     return randomize(UNet.from_pretrained(model_folder, **more), seed)
 
@@ -200,11 +204,85 @@ def test_the_log_shows_the_ratio_wherever_there_is_a_reward(fit, tmp_path, model
     assert "reward_ratio" not in line and "latent_grad" not in line
 
 
+# --------------------------------------------------------------------- a flatter reward
+
+def test_jitter_shifts_resizes_and_adds_noise():
+    images, still = rand(1, 3, 16, 16).mul(0.2).add(0.5).clamp(0, 1), torch.zeros(1, 3, 16, 16)
+    seen = lambda u, noise, strength: brakes.jittered(images, torch.tensor([u]), noise, strength)
+    agree(seen([0.5, 0.5, 0.5], still, 0.1), images, 1e-5)
+    # to the left by 2 of 16 pixels, down by 1; the edge is repeated
+    moved = seen([1.0, 0.25, 0.5], still, 0.125)
+    agree(moved[..., 1:, :14], images[..., :15, 2:], 1e-5)
+    agree(moved[..., 0, :14], images[..., 0, 2:], 1e-5)
+    agree(moved[..., 14:], moved[..., 13:14].expand(-1, -1, -1, 2), 1e-5)
+    # half as much of the picture, twice as large
+    large = F.interpolate(images[..., 4:12, 4:12], scale_factor=2, mode="bilinear")
+    agree(seen([0.5, 0.5, 0.0], still, 0.5)[..., 1:-1, 1:-1], large[..., 1:-1, 1:-1], 1e-5)
+    noise = rand(1, 3, 16, 16, seed=1)
+    agree(seen([0.5, 0.5, 0.5], noise, 0.3), (images + 0.3 * noise).clamp(0, 1), 1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = seen([0.9, 0.2, 0.7], noise, 0.1)
+    agree(rounded, seen([0.9, 0.2, 0.7], noise, 0.1), 1e-6)
+
+
+def test_what_jitter_draws_leaves_the_other_draws_as_they_were_and_hangs_on_the_place_alone():
+    of = lambda places, side=None: train.data.random_draws(3, places, (4, 8, 8), "cpu", side)
+    plain, more = of(range(4)), of(range(4), 16)
+    assert all(torch.equal(one, two) for one, two in zip(plain, more)) and len(plain) == 4
+    u, noise = more[4:]
+    assert u.shape == (4, 3) and noise.shape == (4, 3, 16, 16) and 0 <= u.min() < u.max() < 1
+    assert torch.equal(of([2], 16)[5][0], noise[2]) and not torch.equal(noise[0], noise[1])
+
+
+@pytest.mark.parametrize("path", ["direct", "proxy"])
+def test_the_reward_sees_each_picture_jittered_by_its_own_draw(path, scene, proxied):
+    """Candidates that are compared are all seen alike."""
+    case, rows = (scene, 3) if path == "direct" else (proxied, 2)
+    view = torch.rand(4, 3), rand(4, 3, 32, 32, seed=8)
+    images, captions, draws = case["batch"]
+    case["args"].reward_jitter = 0.1
+    plain, seen = Fixed("fixed"), Fixed("fixed")
+    train.distillation_loss(**case | {"reward": plain})
+    train.distillation_loss(**case | {"reward": seen, "batch": (images, captions, (*draws, *view))})
+    assert len(seen.seen) == len(plain.seen) == (1 if path == "direct" else 3)
+    for before, after in zip(plain.seen, seen.seen):
+        agree(after, brakes.jittered(before, *(x[:rows] for x in view), 0.1), 1e-5)
+
+
+def test_the_rewards_weights_are_shaken_within_a_step_alone(model_folder):
+    reward = load_reward(f"pocket={model_folder}")
+    args = train.Config(reward_weight_noise=0.1, seed=7)
+    before = [p.clone() for p in reward.parameters()]
+
+    def inside(step):
+        with brakes.shaken(reward, args, step):
+            return [p.clone() for p in reward.parameters()]
+
+    generator = torch.Generator().manual_seed(7 * 1_000_003 + 5)
+    expected = [p * (1 + 0.1 * torch.randn(p.shape, generator=generator)) for p in before]
+    assert all(torch.equal(one, two) for one, two in zip(inside(5), expected))
+    assert not torch.equal(inside(6)[-2], expected[-2])
+    with pytest.raises(KeyError), brakes.shaken(reward, args, 5):
+        raise KeyError
+    assert all(torch.equal(one, two) for one, two in zip(before, reward.parameters()))
+    assert not any(p.requires_grad for p in reward.parameters())
+    with brakes.shaken(reward, train.Config(), 5):
+        assert all(torch.equal(one, two) for one, two in zip(before, reward.parameters()))
+
+
 # --------------------------------------------------------------------- bad input
 
 WRONG = {
     "a cap of no reward": ({"reward_cap": 2}, "--reward-cap: of the reward, and there is none"),
     "a resolution of 0": ({"reward_resolution": 0, "reward": "pocket"}, "--reward-resolution 0"),
+    "half of the picture": ({"reward_jitter": 0.5, "reward": "pocket"}, "--reward-jitter 0.5"),
+    "weights off by less than nothing": (
+        {"reward_weight_noise": -1, "reward": "pocket"}, "--reward-weight-noise -1"),
+    "weights of an expert": (
+        {"reward_weight_noise": 0.1, "reward": "pocket", "latent_rm": "x"}, "with --latent-rm"),
+    "weights of a function": (
+        {"reward_weight_noise": 0.1, "reward": "torch:test_brakes.brightness", "norms_every": 0},
+        "torch:test_brakes.brightness has no weights"),
     "privileged without a proxy": (
         {"rm_privileged": True, "reward": "pocket"}, "--rm-privileged: of the latent proxy"),
 }
