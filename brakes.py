@@ -4,11 +4,18 @@ Each stands below, with where it comes from. docs/latent-proxy.md lists them.
 """
 import contextlib
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from support import processes
 from support.cli import at_least, option, positive, require
+from support.weights import load_component, save_component
+
+# what Averages forgets in a step, and the scored pictures after which it knows a deviation
+DECAY, ENOUGH = 0.95, 8
 
 
 @dataclass
@@ -23,6 +30,11 @@ class Options:
              "by up to this share, and gets noise of this deviation; another draw each step")
     reward_weight_noise: float = option(
         0.0, "the reward's own weights are off by this share, at random, anew each step")
+    reward_normalize: bool = option(
+        False, "each part of a sum of rewards counts in deviations from its own running mean")
+    reward_ratio: float | None = option(
+        None, "the weight of the reward is such that its gradient to the student's latents is so "
+              "long for one of the distillation; --reward-scale is that of the first step")
 
 
 def check(args):
@@ -33,6 +45,8 @@ def check(args):
     if args.reward_resolution is not None:
         positive(args, "reward_resolution")
     at_least(0, args, "reward_jitter", "reward_weight_noise")
+    if args.reward_ratio is not None:
+        positive(args, "reward_ratio", "reward_scale")
     require(args.reward_jitter < 0.5,
             f"--reward-jitter {args.reward_jitter}: a share of the picture's side; "
             "expected less than 0.5, such as 0.05")
@@ -46,7 +60,7 @@ def check_reward(reward, args):
             f"--reward-weight-noise: --reward {args.reward} has no weights; leave it out")
 
 
-def score(reward, images, captions, args, view=()):
+def score(reward, images, captions, args, view=(), averages=None):
     """Images [B,3,H,W] in [0,1] and B captions -> {name: [B]} of each part of the reward, as it is
     maximised and compared, and {name: [B]} as it is. view: draws for --reward-jitter, or nothing.
 
@@ -58,7 +72,77 @@ def score(reward, images, captions, args, view=()):
     parts = plain = reward.parts(images, captions)
     if args.reward_cap is not None:
         parts = {name: part.clamp(max=args.reward_cap) for name, part in parts.items()}
+    if args.reward_normalize:
+        parts = averages.normalized(parts)
     return parts, plain
+
+
+@dataclass(frozen=True)
+class AveragesConfig:
+    names: tuple = ()
+    ignored: ClassVar = set()
+    inert: ClassVar = {}
+
+
+class Averages(nn.Module):
+    """What a run remembers of its reward: decayed sums over the steps before this one, the same on
+    all processes, kept in checkpoints. names: of the reward's parts."""
+    Config = AveragesConfig
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        # of each part: pictures, sum of scores, sum of their squares
+        self.register_buffer("scores", torch.zeros(3, len(config.names)))
+        # squared length of the gradients of L_LCD, and of the reward at scale 1
+        self.register_buffer("squares", torch.zeros(2))
+
+    @classmethod
+    def of(cls, reward, args, newest, device):
+        """For a run with --reward-normalize or --reward-ratio, else None."""
+        if not args.reward_normalize and args.reward_ratio is None:
+            return None
+        if newest:
+            return load_component(cls, newest / "averages", "averages", device=device)
+        return cls(AveragesConfig(tuple(reward.weights))).to(device)
+
+    def save_pretrained(self, folder):
+        save_component(self, folder, "Averages")
+
+    def normalized(self, parts):
+        """--reward-normalize: {name: scores [B]} -> (score - mean) / deviation of each, so that in
+        a sum the factors say what counts, and not the units (PopArt, arXiv 1602.07714, divides so
+        by running moments). Until ENOUGH pictures have been scored, 0."""
+        count, total, squares = self.scores
+        mean = total / count.clamp(min=1)
+        deviation = (squares / count.clamp(min=1) - mean**2).clamp(min=0).sqrt()
+        factor = (count >= ENOUGH) / deviation.clamp(min=1e-6)
+        return {name: (part - m) * f for (name, part), m, f in zip(parts.items(), mean, factor)}
+
+    def scale(self, args):
+        """beta. --reward-ratio R: R |grad L_LCD| / |grad R|, both to the student's latents, from
+        the steps before; nothing goes back through the UNet twice. (The adaptive weight of VQGAN,
+        arXiv 2012.09841, eq. 7, which stops at 1e4 too.)"""
+        if args.reward_ratio is None:
+            return self.squares.new_full((), args.reward_scale)
+        lcd, reward = self.squares
+        balanced = args.reward_ratio * (lcd / reward.clamp(min=1e-30)).sqrt()
+        return torch.where(reward > 0, balanced.clamp(max=1e4), args.reward_scale)
+
+    def learn(self, stats, args, world):
+        """Add a step. stats: {name: mean over the passes of a step}, of which "scores" [3, parts]
+        (sums_of) is taken out."""
+        scores, squares = stats.pop("scores"), stats["latent_grad"].clone()
+        processes.average([scores, squares], world)
+        squares[1] /= stats["reward_scale"] ** 2
+        self.scores.mul_(DECAY).add_(scores, alpha=args.grad_accum * world)
+        self.squares.mul_(DECAY).add_(squares)
+
+
+def sums_of(parts):
+    """{name: scores [B]} of K parts -> their number, sum and sum of squares, [3, K]."""
+    scores = torch.stack([part.detach() for part in parts.values()])  # [K, B]
+    return torch.stack([torch.ones_like(scores), scores, scores**2]).sum(dim=2)
 
 
 def jittered(images, u, noise, strength):

@@ -151,12 +151,14 @@ class Config(brakes.Options, runs.RunConfig):
 # ---------------------------------------------------------------------------------- the algorithm
 
 def distillation_loss(
-        model, teacher, student, target, reward, solver, batch, args, latent_rm=None):
+        model, teacher, student, target, reward, solver, batch, args, latent_rm=None,
+        averages=None):
     """Algorithm 1 for one pass over B samples: L = L_LCD - beta * mean reward.
 
     The networks: `model` holds the VAE, the text encoder and the schedule; `student` is trained;
     `target` is its exponential moving average; `reward` is None or scores decoded pictures;
-    `latent_rm`, if given, scores latents in its place and learns to follow it.
+    `latent_rm`, if given, scores latents in its place and learns to follow it. `averages`: of the
+    reward in the steps before, if an option asks for them (brakes.Averages).
 
     batch: (tensors, captions, draws).
         tensors     images [B,3,H,W] in [-1,1], or posteriors [B,2,4,h,w] as data.py encodes them
@@ -216,16 +218,19 @@ def distillation_loss(
         }
         rm_loss, stats = proxy_loss(
             model, latent_rm, reward, candidates, captions[compared], text[compared], args,
-            [draw[compared] for draw in view])
+            [draw[compared] for draw in view], averages)
         stats["rm_score"] = score.detach()
     elif reward is not None:
         score, stats = direct_reward(model, reward, rated[rewarded], captions[rewarded], args,
-                                     [draw[rewarded] for draw in view])
+                                     [draw[rewarded] for draw in view], averages)
 
-    loss = lcd - args.reward_scale * score  # L = L_LCD - beta R (RG-LCD, eq. 8)
+    beta = args.reward_scale if averages is None else averages.scale(args)
+    loss = lcd - beta * score  # L = L_LCD - beta R (RG-LCD, eq. 8)
     at = by_grid_point(distance.detach(), index, len(solver.timesteps))
     if stats:
         stats["latent_grad"] = squares
+        if averages is not None:
+            stats["reward_scale"] = beta
     stats = {"lcd": lcd.detach()} | stats | {"loss": loss.detach(), "lcd_at": at}
     return loss + rm_loss, stats
 
@@ -237,8 +242,8 @@ def by_grid_point(values, index, points):
     return torch.zeros(2, points, device=values.device).index_add(1, index, each)
 
 
-def direct_reward(model, reward, latents, captions, args, view=()):
-    """R(decode(f), prompt): the reward of the decoded pictures, seen by `view` (brakes.score).
+def direct_reward(model, reward, latents, captions, args, view=(), averages=None):
+    """R(decode(f), prompt): the reward of the decoded pictures (view, averages: brakes.score).
 
     Scaled latents [B,4,h,w] -> mean score with gradient to them, {name: detached scalar}
 
@@ -251,12 +256,14 @@ def direct_reward(model, reward, latents, captions, args, view=()):
             checkpoint(model.decode, one, use_reentrant=False) for one in latents.split(1)])
     else:
         images = model.decode(latents)
-    parts, plain = brakes.score(reward, images, captions, args, view)
+    parts, plain = brakes.score(reward, images, captions, args, view, averages)
     score = reward.total({name: part.mean() for name, part in parts.items()})
     means = {name: part.mean().detach() for name, part in plain.items()}
     stats = {"reward": reward.total(means)}
     if len(parts) > 1:
         stats |= {f"reward/{name}": mean for name, mean in means.items()}
+    if averages is not None:
+        stats["scores"] = brakes.sums_of(plain)
     return score, stats
 
 
@@ -273,7 +280,8 @@ def latent_reward(model, latent_rm, latents, text):
     return (image * text.detach()).sum(dim=1).mean()
 
 
-def proxy_loss(model, latent_rm, reward, candidates, captions, text, args, view=()):
+def proxy_loss(
+        model, latent_rm, reward, candidates, captions, text, args, view=(), averages=None):
     """What the proxy learns: to prefer among candidates what the expert prefers (eq. 11).
 
     candidates: {name: scaled latents [B,4,h,w]} without gradient, for the same B captions, whose
@@ -281,7 +289,7 @@ def proxy_loss(model, latent_rm, reward, candidates, captions, text, args, view=
     -> loss with gradient to the LRM only, {name: detached scalar}
     """
     with torch.no_grad():
-        scores = [brakes.score(reward, model.decode(latents), captions, args, view)
+        scores = [brakes.score(reward, model.decode(latents), captions, args, view, averages)
                   for latents in candidates.values()]
         # [B, K]: as the LRM is to prefer, and as they are
         expert, plain = (torch.stack([reward.total(parts) for parts in column], dim=1)
@@ -299,6 +307,8 @@ def proxy_loss(model, latent_rm, reward, candidates, captions, text, args, view=
         "expert/prefers_generated": (plain[:, :-1] > plain[:, -1:]).float().mean(),
     }
     stats |= {f"expert/{name}": column.mean() for name, column in zip(candidates, plain.T)}
+    if averages is not None:
+        stats["scores"] = sum(brakes.sums_of(parts) for _, parts in scores)
     return loss, stats
 
 
@@ -314,6 +324,7 @@ class Networks:
     student: UNet
     target: UNet
     latent_rm: proxy.LatentRM | None
+    averages: brakes.Averages | None = None
 
     @classmethod
     def load(cls, args, newest, device, dtype):
@@ -341,7 +352,8 @@ class Networks:
         if args.latent_rm is not None:
             latent_rm = proxy.LatentRM.from_pretrained(
                 newest / "latent_rm" if newest else args.latent_rm, device=device).train()
-        return cls(model, teacher, reward, student, target, latent_rm)
+        averages = brakes.Averages.of(reward, args, newest, device)
+        return cls(model, teacher, reward, student, target, latent_rm, averages)
 
     @staticmethod
     def copies(args, teacher, newest, device, more):
@@ -370,11 +382,12 @@ class Networks:
 
     def trained(self):
         """{name of its folder: network} of what a checkpoint holds: what trains, its moving
-        average, the latent proxy."""
+        average, and what else there is."""
         found = {"unet": self.student, "unet_target": self.target}
         if hasattr(self.student, "lora"):
             found = {"lora": self.student.lora, "lora_target": self.target.lora}
-        return found if self.latent_rm is None else found | {"latent_rm": self.latent_rm}
+        more = {"latent_rm": self.latent_rm, "averages": self.averages}
+        return found | {name: network for name, network in more.items() if network is not None}
 
     def compile(self, sharded):
         # FSDP2's hooks would cut the graphs of what is shared out to pieces
@@ -417,7 +430,7 @@ class Pass(torch.nn.Module):
             reward, latent_rm = n.reward, n.latent_rm
         with cli.autocast(n.model.device, n.model.dtype):
             return distillation_loss(n.model, n.teacher, n.student, n.target, reward,
-                                     self.solver, batch, self.args, latent_rm)
+                                     self.solver, batch, self.args, latent_rm, averages=n.averages)
 
 
 def add_gradients(one_pass, tensors, captions, draws, args, with_reward=True):
@@ -481,6 +494,8 @@ def optimizer_step(networks, one_pass, optimizer, step, tensors, captions, draws
     if not processes.all_of(found.isfinite().all().item(), world):
         return None
 
+    if networks.averages is not None:
+        networks.averages.learn(totals, args, world)
     for group, lr in zip(optimizer.param_groups, (args.lr, args.rm_lr)):
         group["lr"] = lr * runs.rate_factor(step, args)
     optimizer.step()

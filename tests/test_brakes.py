@@ -270,6 +270,92 @@ def test_the_rewards_weights_are_shaken_within_a_step_alone(model_folder):
         assert all(torch.equal(one, two) for one, two in zip(before, reward.parameters()))
 
 
+# --------------------------------------------------------------------- several rewards, one length
+
+def averages_of(*names):
+    return brakes.Averages(brakes.AveragesConfig(names))
+
+
+def test_several_rewards_count_in_deviations_from_their_running_means():
+    """Weighted sums over all pictures before, those n steps ago 0.95^n times; a second writing of
+    it in float64. Until eight pictures have been seen, no reward counts."""
+    averages, args = averages_of("a", "b"), train.Config(reward_normalize=True, grad_accum=2)
+    steps = [(100 + 3 * rand(4, seed=i), -0.2 + 0.01 * rand(4, seed=9 + i)) for i in range(3)]
+    new = dict(zip("ab", (torch.tensor([103.0, 97]), torch.tensor([-0.2, -0.19]))))
+    squares = torch.zeros(2)
+    for i, step in enumerate(steps):
+        if i < 2:  # 4 pictures, then 7.8
+            assert all(part.tolist() == [0, 0] for part in averages.normalized(new).values())
+        passes = [brakes.sums_of(dict(zip("ab", (part[p] for part in step))))
+                  for p in (slice(2), slice(2, 4))]
+        stats = {"scores": sum(passes) / 2, "latent_grad": squares, "reward_scale": torch.ones(())}
+        averages.learn(stats, args, 1)
+        assert "scores" not in stats and not squares.any()
+    weights = torch.tensor([0.95**2, 0.95, 1.0], dtype=torch.float64).repeat_interleave(4)
+    for k, name in enumerate("ab"):
+        x = torch.cat([step[k] for step in steps]).double()
+        mean = (weights * x).sum() / weights.sum()
+        deviation = ((weights * (x - mean) ** 2).sum() / weights.sum()).sqrt()
+        agree(averages.normalized(new)[name].double(), (new[name] - mean) / deviation, 2e-2)
+
+
+@pytest.mark.parametrize("path", ["direct", "proxy"])
+def test_what_is_maximised_is_the_sum_of_the_normalised_parts(path, scene, proxied):
+    case = scene if path == "direct" else proxied
+    case["args"].reward_normalize = True
+    averages = averages_of("one", "two")
+    averages.scores.copy_(torch.tensor([[16.0, 16], [32, 80], [80, 464]]))
+    # means 2 and 5, deviations 1 and 2
+    one, two = torch.tensor([1.0, 3.0, 5.0]), torch.tensor([2.5, 0.0, -1.0])
+    if path == "direct":
+        both = Mixture([Fixed("one", one), Fixed("two", two)], [0.5, 2.0])
+        loss, stats = train.distillation_loss(**case | {"reward": both, "averages": averages})
+        total = (0.5 * (one - 2) + 2 * (two - 5) / 2).mean().item()
+        assert loss.item() == pytest.approx(stats["lcd"].item() - 0.7 * total, rel=1e-5)
+        agree(stats["scores"], torch.tensor([[3.0, 3], [9, 1.5], [35, 7.25]]), 1e-6)
+        assert stats["reward"].item() == pytest.approx((0.5 * 9 + 2 * 1.5) / 3)
+        return
+    columns = [x.reshape(3, 1).repeat(1, 2) for x in (one, two)]
+    seen, of = [], train.proxy.preference_loss
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.proxy, "preference_loss", lambda *a: seen.append(a[0]) or of(*a))
+        both = Mixture([Fixed(n, *c) for n, c in zip(("one", "two"), columns)], [0.5, 2.0])
+        _, stats = train.distillation_loss(**case | {"reward": both, "averages": averages})
+    agree(seen[0][0], 0.5 * (one - 2) + 2 * (two - 5) / 2, 1e-6)
+    agree(stats["scores"], torch.tensor([[6.0, 6], [18, 3], [70, 14.5]]), 1e-6)
+
+
+def test_the_weight_of_the_reward_follows_the_ratio_that_is_asked_for(scene):
+    """R |grad L_LCD| / |grad R|: VQGAN's, from what the step before measured."""
+    args, averages = scene["args"], averages_of("pocket")
+    args.reward_ratio = 0.25
+    scene["averages"] = averages
+    lengths = []
+    for _ in range(2):
+        loss, stats = train.distillation_loss(**scene)
+        loss.backward()
+        lengths.append(stats["latent_grad"].sqrt().tolist())
+        scale = stats["reward_scale"].item()
+        averages.learn(stats, args, 1)
+        assert loss.item() == pytest.approx(
+            (stats["lcd"] - scale * stats["reward"]).item(), rel=1e-5)
+    (lcd, reward), (lcd_again, reward_again) = lengths  # of one and the same step
+    assert reward / lcd != pytest.approx(0.25, rel=0.1)  # at --reward-scale
+    assert lcd_again == pytest.approx(lcd, rel=1e-4)
+    assert reward_again / lcd_again == pytest.approx(0.25, rel=1e-3)
+    assert scale == pytest.approx(0.25 * lcd / (reward / 0.7), rel=1e-3)
+
+
+def test_a_reward_whose_gradient_has_gone_gets_no_more_than_a_finite_weight():
+    averages, args = averages_of("a"), train.Config(reward_ratio=0.5, reward_scale=3.0)
+    assert averages.scale(args).item() == 3
+    averages.squares.copy_(torch.tensor([1.0, 1e-20]))
+    assert averages.scale(args).item() == pytest.approx(1e4)
+    averages.squares.copy_(torch.tensor([4.0, 1.0]))
+    assert averages.scale(args).item() == 1
+    assert averages.scale(train.Config(reward_scale=0.3)).item() == pytest.approx(0.3)
+
+
 # --------------------------------------------------------------------- bad input
 
 WRONG = {
@@ -283,6 +369,9 @@ WRONG = {
     "weights of a function": (
         {"reward_weight_noise": 0.1, "reward": "torch:test_brakes.brightness", "norms_every": 0},
         "torch:test_brakes.brightness has no weights"),
+    "a ratio of nothing": ({"reward_ratio": 0, "reward": "pocket"}, "--reward-ratio 0"),
+    "a ratio of a scale of nothing": (
+        {"reward_ratio": 0.5, "reward_scale": 0, "reward": "pocket"}, "--reward-scale 0"),
     "privileged without a proxy": (
         {"rm_privileged": True, "reward": "pocket"}, "--rm-privileged: of the latent proxy"),
 }

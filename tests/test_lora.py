@@ -280,7 +280,7 @@ def test_a_compiled_run_follows_an_eager_one(fit, tmp_path, model_folder):
 
 def test_bf16_follows_float32_on_frozen_weights_of_bf16(fit, tmp_path, model_folder, monkeypatch):
     of, seen = train.distillation_loss, []
-    monkeypatch.setattr(train, "distillation_loss", lambda *a: seen.append(a) or of(*a))
+    monkeypatch.setattr(train, "distillation_loss", lambda *a, **k: seen.append(a) or of(*a, **k))
     for precision in ("fp32", "bf16"):
         assert fit(tmp_path / precision, precision=precision, sample_every=3,
                    **through(False, model_folder, steps=3)) == 0

@@ -749,9 +749,9 @@ def test_of_a_step_that_is_not_finite_nothing_reaches_weights_target_or_optimize
         fit, tmp_path, monkeypatch, capsys):
     loss_of, calls = train.distillation_loss, []
 
-    def second_is_nan(*args):
+    def second_is_nan(*args, **more):
         calls.append(1)
-        loss, stats = loss_of(*args)
+        loss, stats = loss_of(*args, **more)
         return (loss * float("nan"), stats) if len(calls) == 2 else (loss, stats)
 
     monkeypatch.setattr(train, "distillation_loss", second_is_nan)
@@ -851,9 +851,9 @@ def compare_precisions(fit, out, monkeypatch, model_folder, **options):
         assert fit(out / path, steps=3, reward=f"pocket={model_folder}", **more) == 0
     of, seen = train.distillation_loss, []
 
-    def seen_loss(*networks):
+    def seen_loss(*networks, **more):
         seen.append(networks)
-        return of(*networks)
+        return of(*networks, **more)
 
     monkeypatch.setattr(train, "distillation_loss", seen_loss)
     for path, more in rewards.items():
