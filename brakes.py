@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lora import W_PROJECTION
 from support import processes
 from support.cli import at_least, option, positive, require
 from support.weights import load_component, save_component
+from unet import UNet
 
 # what Averages forgets in a step, and the scored pictures after which it knows a deviation
 DECAY, ENOUGH = 0.95, 8
@@ -35,16 +37,23 @@ class Options:
     reward_ratio: float | None = option(
         None, "the weight of the reward is such that its gradient to the student's latents is so "
               "long for one of the distillation; --reward-scale is that of the first step")
+    teacher_pull: float = option(
+        0.0, "weight in the loss of half the squared distance of the student's weights from the "
+             "teacher's (with --lora: of the updates, as matrices)",
+        group="what else holds a student back")
 
 
 def check(args):
     given = [f"--{name.replace('_', '-')}" for name in Options.__dataclass_fields__
-             if getattr(args, name) != getattr(Options, name)]
+             if name.startswith("reward_") and getattr(args, name) != getattr(Options, name)]
     require(args.reward != "none" or not given,
             f"{', '.join(given)}: of the reward, and there is none; give --reward too")
     if args.reward_resolution is not None:
         positive(args, "reward_resolution")
-    at_least(0, args, "reward_jitter", "reward_weight_noise")
+    at_least(0, args, "reward_jitter", "reward_weight_noise", "teacher_pull")
+    require(not (args.teacher_pull and args.lora and args.shard),
+            "--teacher-pull with --lora and --shard: the updates would have to be put together; "
+            "leave out --shard, they are a few megabytes")
     if args.reward_ratio is not None:
         positive(args, "reward_ratio", "reward_scale")
     require(args.reward_jitter < 0.5,
@@ -205,3 +214,36 @@ class Measure:
 
     def __call__(self, gradient):
         self.squares[self.place] = gradient.detach().square().sum()
+
+
+def teacher_pull(student, teacher, args, device):
+    """--teacher-pull alpha: alpha / 2 |weights - teacher's weights|^2 in the loss (L2-SP,
+    arXiv 1802.01483, eq. 3) -> a function that adds its gradient to that of the student, or None.
+    What the teacher lacks, the projection of the guidance embedding, is free.
+
+    A student of its own weights is measured from the file's float32: rounded to the bf16 of the
+    frozen teacher they are further away than a student goes."""
+    alpha = args.teacher_pull
+    if alpha == 0:
+        return None
+    if args.lora:
+        updates = [u for name, u in student.lora.updates.items() if name != W_PROJECTION]
+        return lambda: [pull_update(update, alpha) for update in updates]
+    if teacher.conv_in.weight.dtype != torch.float32:
+        teacher = UNet.from_pretrained(args.teacher, device=device)
+    theirs = dict(teacher.named_parameters())
+    pairs = [(p, processes.placed_as(theirs[name].detach(), p))
+             for name, p in student.named_parameters() if name in theirs]
+
+    def pull():
+        for p, weight in pairs:
+            p.grad.add_(p.detach() - weight, alpha=alpha)
+    return pull
+
+
+def pull_update(update, alpha):
+    """The gradient of alpha / 2 |s B A|^2 to A and B, by products of rank x rank alone."""
+    A, B = update.A.detach().flatten(1), update.B.detach().flatten(1)
+    factor = alpha * update.factor**2
+    update.A.grad += (factor * (B.T @ B) @ A).view_as(update.A)
+    update.B.grad += (factor * B @ (A @ A.T)).view_as(update.B)

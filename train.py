@@ -16,6 +16,7 @@ in the stream of samples, so a resumed run draws the same, and so does a run on 
 processes with as many pictures a step.
 """
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -325,6 +326,7 @@ class Networks:
     target: UNet
     latent_rm: proxy.LatentRM | None
     averages: brakes.Averages | None = None
+    pull: Callable | None = None  # to the teacher's weights (brakes.teacher_pull)
 
     @classmethod
     def load(cls, args, newest, device, dtype):
@@ -482,6 +484,8 @@ def optimizer_step(networks, one_pass, optimizer, step, tensors, captions, draws
         totals["grad_norm/lcd"] = norm_of(lcd)
         torch._foreach_sub_(lcd, [p.grad for p in weights])
         totals["grad_norm/reward"] = norm_of(lcd)
+    if networks.pull is not None:
+        networks.pull()
 
     # Norms are 1.6 to 12 on the pocket, so this always shortens: every step enters AdamW's moments
     # with the same length, and one long gradient does not drown the others.
@@ -696,6 +700,7 @@ def distil(run, args, rank, world, device, dtype):
     if args.shard:
         for network in [*networks.trained().values()][:2]:
             processes.shard(network, (ResnetBlock, Transformer, Update), device, world)
+    networks.pull = brakes.teacher_pull(networks.student, networks.teacher, args, device)
     optimizer = new_optimizer(networks, args, run.newest, device)
     solver = DDIMSolver(networks.model.schedule, args.ddim_steps)
     one_pass, peak_step = Pass(networks, solver, args), None

@@ -12,11 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from support.cli import require
-from support.processes import all_of, gather
+from support.processes import all_of, gather, placed_as
 from support.weights import (
     InputError,
     first_line,
@@ -99,8 +99,8 @@ def load_optimizer(optimizer, newest, device):
     for number, moments in state["state"].items():
         p = weights[number]
         for name, value in moments.items():
-            if isinstance(p, DTensor) and value.ndim > 0:
-                moments[name] = distribute_tensor(value, p.device_mesh, p.placements)
+            if value.ndim > 0:
+                moments[name] = placed_as(value, p)
     optimizer.load_state_dict(state)
 
 

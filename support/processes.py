@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -110,6 +110,13 @@ def reshard(network):
     for module in network.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def placed_as(tensor, like):
+    """A whole tensor, shared out over the processes as `like` is."""
+    if isinstance(like, DTensor):
+        return distribute_tensor(tensor, like.device_mesh, like.placements)
+    return tensor
 
 
 def parts_here(tensors):

@@ -11,6 +11,7 @@ from conftest import agree, log, rand, randomize
 from data import Shards
 from latent_rm import LatentRM, preference_loss
 from lcm_solver import DDIMSolver
+from lora import W_PROJECTION, LoRA, sharing
 from pipeline import Pipeline
 from reward import Mixture, Reward, load_reward
 from unet import UNet
@@ -356,6 +357,50 @@ def test_a_reward_whose_gradient_has_gone_gets_no_more_than_a_finite_weight():
     assert averages.scale(train.Config(reward_scale=0.3)).item() == pytest.approx(0.3)
 
 
+# --------------------------------------------------------------------- the teacher's weights
+
+def test_the_pull_is_the_gradient_of_half_the_squared_distance_from_the_teacher(model_folder):
+    """In bf16 too, where the teacher beside the student is rounded."""
+    student = network(model_folder, 2, w_embed_dim=256)
+    teacher = UNet.from_pretrained(model_folder)
+    theirs, names = dict(teacher.named_parameters()), dict(student.named_parameters())
+    distance = sum((p - theirs[name].detach()).square().sum()
+                   for name, p in names.items() if name in theirs)
+    expected = torch.autograd.grad(0.3 / 2 * distance, [names[name] for name in theirs])
+    args = train.Config(teacher=str(model_folder), teacher_pull=0.3)
+    for frozen in (teacher, UNet.from_pretrained(model_folder, dtype=torch.bfloat16)):
+        for p in student.parameters():
+            p.grad = torch.ones_like(p)
+        brakes.teacher_pull(student, frozen, args, torch.device("cpu"))()
+        for name, gradient in zip(theirs, expected):
+            agree(names[name].grad - 1, gradient, 1e-4)
+        assert (names["time_embedding.cond_proj.weight"].grad == 1).all()
+    assert brakes.teacher_pull(student, teacher, train.Config(), torch.device("cpu")) is None
+
+
+def test_updates_are_pulled_as_the_matrices_that_they_are(model_folder):
+    student = sharing(UNet.from_pretrained(model_folder), time_cond_proj_dim=256)
+    LoRA.new(student, 3, alpha=1.5).attach(student)
+    updates = student.lora.updates
+    for i, update in enumerate(updates.values()):
+        update.B.data += 0.2 * rand(*update.B.shape, seed=i)
+    distance = 0
+    for name, update in updates.items():
+        A, B = update.A, update.B
+        matrix = 0.5 * torch.einsum("or,r...->o...", B.flatten(1), A)  # alpha / rank
+        assert name == W_PROJECTION or torch.allclose(matrix, update.matrix(), atol=1e-5)
+        distance += 0 if name == W_PROJECTION else matrix.square().sum()
+        for p in (A, B):
+            p.grad = torch.zeros_like(p)
+    pulled = [p for name, u in updates.items() if name != W_PROJECTION for p in (u.A, u.B)]
+    expected = torch.autograd.grad(0.3 / 2 * distance, pulled)
+    args = train.Config(lora=3, teacher_pull=0.3)
+    brakes.teacher_pull(student, None, args, torch.device("cpu"))()
+    for p, gradient in zip(pulled, expected):
+        agree(p.grad, gradient, 1e-4)
+    assert not updates[W_PROJECTION].B.grad.any()
+
+
 # --------------------------------------------------------------------- bad input
 
 WRONG = {
@@ -372,6 +417,9 @@ WRONG = {
     "a ratio of nothing": ({"reward_ratio": 0, "reward": "pocket"}, "--reward-ratio 0"),
     "a ratio of a scale of nothing": (
         {"reward_ratio": 0.5, "reward_scale": 0, "reward": "pocket"}, "--reward-scale 0"),
+    "a pull away": ({"teacher_pull": -1}, "--teacher-pull -1"),
+    "a pull of updates that are shared out": (
+        {"teacher_pull": 1, "lora": 2, "shard": True}, "--teacher-pull with --lora and --shard"),
     "privileged without a proxy": (
         {"rm_privileged": True, "reward": "pocket"}, "--rm-privileged: of the latent proxy"),
 }
