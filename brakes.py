@@ -41,6 +41,10 @@ class Options:
         0.0, "weight in the loss of half the squared distance of the student's weights from the "
              "teacher's (with --lora: of the updates, as matrices)",
         group="what else holds a student back")
+    anchor: float = option(
+        0.0, "weight in the loss of a discriminator on the teacher's features, which learns to "
+             "tell the student's latents from real ones (discriminator.py)")
+    anchor_lr: float = option(1e-4, "learning rate of the discriminator")
 
 
 def check(args):
@@ -50,7 +54,11 @@ def check(args):
             f"{', '.join(given)}: of the reward, and there is none; give --reward too")
     if args.reward_resolution is not None:
         positive(args, "reward_resolution")
-    at_least(0, args, "reward_jitter", "reward_weight_noise", "teacher_pull")
+    at_least(0, args, "reward_jitter", "reward_weight_noise", "teacher_pull",
+             "anchor")
+    positive(args, "anchor_lr")
+    require(args.anchor > 0 or args.anchor_lr == Options.anchor_lr,
+            "--anchor-lr: of the discriminator, and there is none; give --anchor too")
     require(not (args.teacher_pull and args.lora and args.shard),
             "--teacher-pull with --lora and --shard: the updates would have to be put together; "
             "leave out --shard, they are a few megabytes")

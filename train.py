@@ -29,6 +29,7 @@ import brakes
 import data
 import evaluate
 import latent_rm as proxy
+from discriminator import Discriminator
 from lcm_solver import DDIMSolver, consistency_function, huber
 from lora import LAYERS, LoRA, Update, sharing
 from pipeline import Pipeline, grid, merged, save_png
@@ -153,13 +154,14 @@ class Config(brakes.Options, runs.RunConfig):
 
 def distillation_loss(
         model, teacher, student, target, reward, solver, batch, args, latent_rm=None,
-        averages=None):
+        averages=None, discriminator=None):
     """Algorithm 1 for one pass over B samples: L = L_LCD - beta * mean reward.
 
     The networks: `model` holds the VAE, the text encoder and the schedule; `student` is trained;
     `target` is its exponential moving average; `reward` is None or scores decoded pictures;
     `latent_rm`, if given, scores latents in its place and learns to follow it. `averages`: of the
-    reward in the steps before, if an option asks for them (brakes.Averages).
+    reward in the steps before, if an option asks for them (brakes.Averages); `discriminator`: of
+    the student's latents, if it is to be anchored to real ones (discriminator.py).
 
     batch: (tensors, captions, draws).
         tensors     images [B,3,H,W] in [-1,1], or posteriors [B,2,4,h,w] as data.py encodes them
@@ -169,7 +171,7 @@ def distillation_loss(
                         u_w, u_s                  [B], uniform in [0,1), for w and for s
                         two more with --reward-jitter (brakes.jittered)
 
-    -> loss (with a latent_rm: the sum of the student's and the LRM's, which share no gradient),
+    -> loss (the sum of the student's, the LRM's and the discriminator's, which share no gradient),
        {name: detached scalar}: "loss", the student's; "reward", what the reward model gives to the
        student's pictures (with a latent_rm: to those that it compares; what is maximised is then
        "rm_score"); "lcd_at" [2, N], L_LCD by_grid_point; and with a reward "latent_grad" [2], which
@@ -227,13 +229,19 @@ def distillation_loss(
 
     beta = args.reward_scale if averages is None else averages.scale(args)
     loss = lcd - beta * score  # L = L_LCD - beta R (RG-LCD, eq. 8)
+    anchor_loss = 0.0
+    if discriminator is not None:
+        anchor, anchor_loss = discriminator.losses(
+            teacher, solver, latents, z, noise, u_s, context)
+        loss = loss + args.anchor * anchor
+        stats |= {"anchor": anchor.detach(), "anchor_loss": anchor_loss.detach()}
     at = by_grid_point(distance.detach(), index, len(solver.timesteps))
-    if stats:
+    if reward is not None or latent_rm is not None:
         stats["latent_grad"] = squares
         if averages is not None:
             stats["reward_scale"] = beta
     stats = {"lcd": lcd.detach()} | stats | {"loss": loss.detach(), "lcd_at": at}
-    return loss + rm_loss, stats
+    return loss + rm_loss + anchor_loss, stats
 
 
 def by_grid_point(values, index, points):
@@ -326,6 +334,7 @@ class Networks:
     target: UNet
     latent_rm: proxy.LatentRM | None
     averages: brakes.Averages | None = None
+    discriminator: Discriminator | None = None
     pull: Callable | None = None  # to the teacher's weights (brakes.teacher_pull)
 
     @classmethod
@@ -355,7 +364,10 @@ class Networks:
             latent_rm = proxy.LatentRM.from_pretrained(
                 newest / "latent_rm" if newest else args.latent_rm, device=device).train()
         averages = brakes.Averages.of(reward, args, newest, device)
-        return cls(model, teacher, reward, student, target, latent_rm, averages)
+        discriminator = None
+        if args.anchor:
+            discriminator = Discriminator.load(teacher, args.seed, newest, device)
+        return cls(model, teacher, reward, student, target, latent_rm, averages, discriminator)
 
     @staticmethod
     def copies(args, teacher, newest, device, more):
@@ -388,7 +400,8 @@ class Networks:
         found = {"unet": self.student, "unet_target": self.target}
         if hasattr(self.student, "lora"):
             found = {"lora": self.student.lora, "lora_target": self.target.lora}
-        more = {"latent_rm": self.latent_rm, "averages": self.averages}
+        more = {"latent_rm": self.latent_rm, "averages": self.averages,
+                "discriminator": self.discriminator}
         return found | {name: network for name, network in more.items() if network is not None}
 
     def compile(self, sharded):
@@ -404,13 +417,16 @@ class Networks:
 
 
 def new_optimizer(networks, args, newest, device):
-    """AdamW over two groups of parameters: the student's, and those of the LRM that train."""
+    """AdamW over groups of parameters: the student's, those of the LRM that train, and the
+    discriminator's if there is one."""
     weights, rm_weights = [p for p in networks.student.parameters() if p.requires_grad], []
     if networks.latent_rm is not None:
         rm_weights = networks.latent_rm.train_top(args.rm_image_layers, args.rm_text_layers)
+    groups = [{"params": weights}, {"params": rm_weights}]
+    if networks.discriminator is not None:
+        groups.append({"params": list(networks.discriminator.parameters())})
     optimizer = optimizers.KINDS[args.optimizer](
-        [{"params": weights}, {"params": rm_weights}],
-        lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0)
+        groups, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0)
     load_optimizer(optimizer, newest, device)
     return optimizer
 
@@ -424,15 +440,17 @@ class Pass(torch.nn.Module):
     def __init__(self, networks, solver, args):
         super().__init__()
         self.student, self.latent_rm = networks.student, networks.latent_rm
+        self.discriminator = networks.discriminator
         self.networks, self.solver, self.args = networks, solver, args
 
     def forward(self, batch, with_reward=True):
-        n, reward, latent_rm = self.networks, None, None
+        n, reward, latent_rm, discriminator = self.networks, None, None, None
         if with_reward:
-            reward, latent_rm = n.reward, n.latent_rm
+            reward, latent_rm, discriminator = n.reward, n.latent_rm, n.discriminator
         with cli.autocast(n.model.device, n.model.dtype):
             return distillation_loss(n.model, n.teacher, n.student, n.target, reward,
-                                     self.solver, batch, self.args, latent_rm, averages=n.averages)
+                                     self.solver, batch, self.args, latent_rm,
+                                     averages=n.averages, discriminator=discriminator)
 
 
 def add_gradients(one_pass, tensors, captions, draws, args, with_reward=True):
@@ -453,7 +471,7 @@ def add_gradients(one_pass, tensors, captions, draws, args, with_reward=True):
 
 
 def lcd_gradient(one_pass, optimizer, tensors, captions, draws, args, world):
-    """The gradient of L_LCD alone: what it lacks of the whole is the reward's."""
+    """The gradient of L_LCD alone: what it lacks of the whole is the reward's (and an anchor's)."""
     add_gradients(one_pass, tensors, captions, draws, args, with_reward=False)
     gradient = [p.grad.clone() for p in optimizer.param_groups[0]["params"]]
     if not args.shard:
@@ -469,7 +487,7 @@ def norm_of(tensors):
 def optimizer_step(networks, one_pass, optimizer, step, tensors, captions, draws, args, world):
     """One optimizer step: the mean gradient over its rows, AdamW, the EMA. -> {name: tensor} of
     what is logged, or None: its loss or gradient is not finite, and nothing has changed."""
-    weights, rm_weights = (group["params"] for group in optimizer.param_groups)
+    weights, rm_weights, *more = (group["params"] for group in optimizer.param_groups)
     optimizer.zero_grad(set_to_none=True)
     lcd, due = None, args.norms_every > 0 and step % args.norms_every == 0
     if due and networks.reward is not None:
@@ -478,7 +496,7 @@ def optimizer_step(networks, one_pass, optimizer, step, tensors, captions, draws
     with brakes.shaken(networks.reward, args, step):
         totals = add_gradients(one_pass, tensors, captions, draws, args)
     if args.shard:
-        processes.average([p.grad for p in rm_weights], world)
+        processes.average([p.grad for p in sum(more, rm_weights)], world)
         processes.reshard([*networks.trained().values()][1])
     if lcd is not None:
         totals["grad_norm/lcd"] = norm_of(lcd)
@@ -490,6 +508,8 @@ def optimizer_step(networks, one_pass, optimizer, step, tensors, captions, draws
     # Norms are 1.6 to 12 on the pocket, so this always shortens: every step enters AdamW's moments
     # with the same length, and one long gradient does not drown the others.
     norms = {"grad_norm": weights, "rm_grad_norm": rm_weights}
+    if more:
+        norms["anchor_grad_norm"], = more
     for name, group in norms.items():
         if group:
             norm = torch.nn.utils.clip_grad_norm_(group, args.max_grad_norm)
@@ -500,7 +520,7 @@ def optimizer_step(networks, one_pass, optimizer, step, tensors, captions, draws
 
     if networks.averages is not None:
         networks.averages.learn(totals, args, world)
-    for group, lr in zip(optimizer.param_groups, (args.lr, args.rm_lr)):
+    for group, lr in zip(optimizer.param_groups, (args.lr, args.rm_lr, args.anchor_lr)):
         group["lr"] = lr * runs.rate_factor(step, args)
     optimizer.step()
     # target <- mu * target + (1 - mu) * student

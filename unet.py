@@ -295,10 +295,24 @@ class UNet(nn.Module):
         w_embedding [B,256] (students only; see lcm_solver.guidance_embedding) -> [B,4,h,w]:
         epsilon or v, as the model was trained. Inputs of any dtype are converted to the weights'.
         h and w need not be even."""
+        x, skips, temb, context = self.contract(latents, timesteps, context, w_embedding)
+        for level in self.up_blocks:
+            for resnet, transformer in level.stages():
+                x = self.run(resnet, torch.cat([x, skips.pop()], dim=1), temb)
+                if transformer is not None:
+                    x = self.run(transformer, x, context)
+            for upsample in getattr(level, "upsamplers", ()):
+                x = upsample(x, skips[-1].shape[-2:])
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    def run(self, module, *inputs):
         if self.checkpointing and torch.is_grad_enabled():
-            run = lambda module, *inputs: checkpoint(module, *inputs, use_reentrant=False)
-        else:
-            run = lambda module, *inputs: module(*inputs)
+            return checkpoint(module, *inputs, use_reentrant=False)
+        return module(*inputs)
+
+    def contract(self, latents, timesteps, context, w_embedding=None):
+        """The down path and the middle -> the middle's output [B,C,h',w'], the skips, and what the
+        up path reads beside them: the embedding of t and w, and the context."""
         dtype = self.conv_in.weight.dtype
         t_emb = timestep_embedding(timesteps, self.config.block_out_channels[0])
         temb = self.time_embedding(t_emb.to(dtype), w_embedding)  # [B, 4 * widths[0]]
@@ -307,21 +321,24 @@ class UNet(nn.Module):
         skips = [x]
         for level in self.down_blocks:
             for resnet, transformer in level.stages():
-                x = run(resnet, x, temb)
+                x = self.run(resnet, x, temb)
                 if transformer is not None:
-                    x = run(transformer, x, context)
+                    x = self.run(transformer, x, context)
                 skips.append(x)
             for downsample in getattr(level, "downsamplers", ()):
                 x = downsample(x)
                 skips.append(x)
-        x = run(self.mid_block.resnets[0], x, temb)
-        x = run(self.mid_block.attentions[0], x, context)
-        x = run(self.mid_block.resnets[1], x, temb)
-        for level in self.up_blocks:
-            for resnet, transformer in level.stages():
-                x = run(resnet, torch.cat([x, skips.pop()], dim=1), temb)
-                if transformer is not None:
-                    x = run(transformer, x, context)
-            for upsample in getattr(level, "upsamplers", ()):
-                x = upsample(x, skips[-1].shape[-2:])
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        x = self.run(self.mid_block.resnets[0], x, temb)
+        x = self.run(self.mid_block.attentions[0], x, context)
+        x = self.run(self.mid_block.resnets[1], x, temb)
+        return x, skips, temb, context
+
+    def features(self, latents, timesteps, context):
+        """What the UNet sees in its inputs, for a head on top: the last map of each level of the
+        down path, averaged to the size of the middle, and the middle -> [B, sum of the widths and
+        the last one again, h', w'] float32."""
+        middle, skips, *_ = self.contract(latents, timesteps, context)
+        layers = self.config.layers_per_block
+        ends = skips[layers::layers + 1]  # after conv_in, each level has its layers and a half-size
+        maps = [F.adaptive_avg_pool2d(x, middle.shape[-2:]) for x in ends]
+        return torch.cat([*maps, middle], dim=1).float()

@@ -4,16 +4,19 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 import brakes
 import train
-from conftest import agree, log, rand, randomize
+from conftest import agree, launch, lines_of, log, rand, randomize
 from data import Shards
+from discriminator import Discriminator
 from latent_rm import LatentRM, preference_loss
 from lcm_solver import DDIMSolver
 from lora import W_PROJECTION, LoRA, sharing
 from pipeline import Pipeline
 from reward import Mixture, Reward, load_reward
+from support.weights import WEIGHTS
 from unet import UNet
 
 
@@ -401,6 +404,118 @@ def test_updates_are_pulled_as_the_matrices_that_they_are(model_folder):
     assert not updates[W_PROJECTION].B.grad.any()
 
 
+# --------------------------------------------------------------------- an anchor of real latents
+
+def test_features_are_the_ends_of_the_levels_and_the_middle(model_folder):
+    unet = network(model_folder, 1)
+    seen = []
+    modules = (unet.down_blocks[0].attentions[-1], unet.down_blocks[1].attentions[-1],
+               unet.down_blocks[2].resnets[-1], unet.mid_block.resnets[1])
+    for module in modules:
+        module.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    features = unet.features(rand(2, 4, 8, 8), torch.tensor([99, 299]), rand(2, 6, 32, seed=2))
+    small = [F.avg_pool2d(x, x.shape[-1] // 2) for x in seen]
+    assert len(small) == 4 and features.shape == (2, 16 + 32 + 32 + 32, 2, 2)
+    agree(features, torch.cat(small, dim=1), 1e-5)
+
+
+@pytest.fixture
+def anchored(scene):
+    scene["args"].anchor = 0.3
+    judge = Discriminator.load(scene["teacher"], 0, None, torch.device("cpu"))
+    return scene | {"discriminator": randomize(judge)}
+
+
+def test_the_anchors_two_losses_equal_the_hinge_written_out(anchored, monkeypatch):
+    """LADD's: D learns relu(1 + D(fake)) + relu(1 - D(real)), the student -D(fake), row by row."""
+    seen, of = [], train.consistency_function
+    monkeypatch.setattr(train, "consistency_function", lambda *a: seen.append(of(*a)) or seen[-1])
+    loss, stats = train.distillation_loss(**anchored)
+    latents = seen[-1]
+    leaf = latents.detach().requires_grad_()
+    model, teacher, judge = (anchored[k] for k in ("model", "teacher", "discriminator"))
+    images, captions, (posterior_noise, noise, _, u_s) = anchored["batch"]
+    ab, pulls, hinges = model.schedule.alphas_cumprod, [], []
+    for i in range(4):
+        mean, std = model.vae.posterior(images[i:i + 1])
+        z = (mean + std * posterior_noise[i]) * 0.18215
+        share = u_s[i].item() * 50 - int(u_s[i].item() * 50)
+        t = (int(share * 50) + 1) * 20 - 1
+        c, n = model.text_encoder([captions[i]]), noise[i:i + 1].flip(3).flip(2)
+        fake, real = (judge.head(teacher.features(
+            ab[t]**0.5 * x + (1 - ab[t])**0.5 * n, torch.tensor([t]), c))
+            for x in (leaf[i:i + 1], z))
+        pulls.append(-fake.mean())
+        hinges.append((1 + fake).relu().mean() + (1 - real).relu().mean())
+    pull, hinge = sum(pulls) / 4, sum(hinges) / 4
+    assert stats["anchor"].item() == pytest.approx(pull.item(), rel=1e-4)
+    assert stats["anchor_loss"].item() == pytest.approx(hinge.item(), rel=1e-4)
+    total = stats["lcd"] - 0.7 * stats["reward"] + 0.3 * stats["anchor"]
+    assert stats["loss"].item() == pytest.approx(total.item(), rel=1e-5)
+
+    latents.retain_grad()
+    (direction,) = torch.autograd.grad(pull, leaf, retain_graph=True)
+    theirs = gradients(judge.head, hinge)
+    ours = gradients(judge.head, loss)
+    same_gradients(ours, theirs)  # D learns from its own loss alone
+    bare = anchored | {"discriminator": None}
+    again, _ = train.distillation_loss(**bare)
+    (without,) = torch.autograd.grad(again, seen[-1])
+    agree(latents.grad - without, 0.3 * direction, 1e-3)  # and the student from the other alone
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+# --------------------------------------------------------------------- whole runs
+
+def every(model_folder, case):
+    """Options of a run for each of these brakes."""
+    spec = f"pocket={model_folder}"
+    proxied = dict(latent_rm=model_folder / "latent_rm", rm_image_layers=1, rm_text_layers=2)
+    several = dict(reward=f"{spec}*0.7+pocket:aliased={model_folder}*0.3", reward_normalize=True)
+    return {
+        "shown otherwise": dict(reward=spec, reward_jitter=0.05, reward_weight_noise=0.05,
+                                reward_cap=0.2, reward_resolution=16, teacher_pull=0.1),
+        "balanced": several | dict(reward_ratio=0.5),
+        "anchored": dict(reward=spec, anchor=0.1),
+        "proxied": several | proxied | dict(reward_jitter=0.05, rm_privileged=True, anchor=0.1),
+        "updates": dict(reward=spec, lora=4, teacher_pull=0.1, reward_ratio=0.5),
+    }[case]
+
+
+CASES = ["shown otherwise", "balanced", "anchored", "proxied", "updates"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_stopped_and_resumed_equals_one_run_bit_for_bit(case, fit, tmp_path, model_folder):
+    out = resumed(fit, tmp_path, batch_size=4, **every(model_folder, case))
+    kept = {"balanced": ["averages"], "anchored": ["discriminator"], "updates": ["averages"],
+            "proxied": ["averages", "discriminator"]}.get(case, [])
+    assert all((out / name / WEIGHTS).is_file() for name in kept)
+    if case == "balanced":
+        assert log(out, "reward_scale")[0] == (1.0,) != log(out, "reward_scale")[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_equal_one_with_the_doubled_batch(
+        case, fit, options, tmp_path, model_folder):
+    same = dict(steps=3, lr=3e-5) | every(model_folder, case)
+    argv = options(tmp_path / "two", batch_size=1, grad_accum=2, **same)
+    launch(argv, world=2).succeed()
+    assert fit(tmp_path / "one", batch_size=4, **same) == 0
+    keys = [key for key in ("loss", "reward", "grad_norm", "reward_ratio", "anchor_loss",
+                            "reward_scale", "rm_loss") if key in lines_of(tmp_path / "one")[0]]
+    ones, twos = (log(tmp_path / name, *keys) for name in ("one", "two"))
+    for one, two in zip(ones, twos, strict=True):
+        assert two == pytest.approx(one, rel=2e-3)
+    files = [file.relative_to(tmp_path / "one") for file in tmp_path.glob("one/*/*.safetensors")]
+    assert len(files) >= 2
+    for file in files:
+        one, two = (load_file(tmp_path / name / file) for name in ("one", "two"))
+        assert all(torch.allclose(one[key], two[key], rtol=1e-3, atol=2e-5) for key in one), file
+
+
 # --------------------------------------------------------------------- bad input
 
 WRONG = {
@@ -420,6 +535,8 @@ WRONG = {
     "a pull away": ({"teacher_pull": -1}, "--teacher-pull -1"),
     "a pull of updates that are shared out": (
         {"teacher_pull": 1, "lora": 2, "shard": True}, "--teacher-pull with --lora and --shard"),
+    "an anchor that pushes": ({"anchor": -1}, "--anchor -1"),
+    "a rate of no anchor": ({"anchor_lr": 1e-3}, "give --anchor too"),
     "privileged without a proxy": (
         {"rm_privileged": True, "reward": "pocket"}, "--rm-privileged: of the latent proxy"),
 }
