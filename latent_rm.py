@@ -144,12 +144,15 @@ class LatentRM(nn.Module):
 
     def image_features(self, latents):
         """Unscaled latents [B,C,s,s] -> unit vectors [B,D], float32."""
+        self.check_shape(latents)
+        return F.normalize(self.visual(latents).float(), dim=-1)
+
+    def check_shape(self, latents):
         side = self.config.latent_size
         shape = (self.config.latent_channels, side, side)
         require(latents.shape[1:] == shape,
                 f"latents {tuple(latents.shape)}: "
                 f"this LRM reads [B, {', '.join(map(str, shape))}]")
-        return F.normalize(self.visual(latents).float(), dim=-1)
 
     def text_features(self, prompts):
         """B prompts -> unit vectors [B,D], float32. A prompt is cut at the tower's
@@ -272,6 +275,10 @@ class Config(runs.RunConfig):
     preset: str = option(
         "pocket", "values of all options that are not given (PRESETS in this file)",
         choices=tuple(PRESETS), group=runs.TRAINING)
+    backbone: str = option(
+        "vit", "what reads the latents: a tower that begins with noise, or a small head on the "
+               "frozen --model's UNet and text encoder (teacher_rm.py)",
+        choices=("vit", "teacher"))
     size: str = option("pocket", "of the towers (SIZES in this file)", choices=tuple(SIZES))
     text_tower: str | None = option(
         None, "file of a CLIP whose text tower to begin with, "
@@ -340,7 +347,11 @@ def retrieval(latent_rm, latents, captions):
 
 
 def check(args):
-    runs.check_preset(args, "data", *(["model"] if args.size == "pocket" else []))
+    on_teacher = args.backbone == "teacher"
+    runs.check_preset(args, "data", *(["model"] if args.size == "pocket" or on_teacher else []))
+    require(not on_teacher or (args.text_tower is None and args.train_text),
+            "--text-tower, --no-train-text: of a text tower, and --backbone teacher has none; "
+            "leave them out")
     if args.heldout is None:
         require(args.data == Config.data,
                 f"--data {args.data} without --heldout: "
@@ -382,6 +393,19 @@ def new_latent_rm(args, shape):
             raise InputError(f"--text-tower {args.text_tower} does not fit "
                              f"--size {args.size}: {error}") from None
     return latent_rm
+
+
+def on_teacher(args, shape, newest, device, dtype):
+    """--backbone teacher: an LRM on the UNet of --model, new or that of a checkpoint."""
+    from pipeline import Pipeline
+    from teacher_rm import TeacherRM  # which stands on this file
+    from unet import UNet
+    model = Pipeline.from_pretrained(args.model, device, dtype)
+    teacher = UNet.from_pretrained(args.model, device=device, dtype=dtype)
+    model.check(teacher, args.model, student=False).requires_grad_(False)
+    if newest:
+        return TeacherRM.from_pretrained(newest / "latent_rm", teacher, model)
+    return TeacherRM.new(teacher, model, shape, SIZES[args.size], args.seed)
 
 
 @torch.no_grad()
@@ -512,12 +536,17 @@ def pretrain(run, args, rank, world, device, dtype):
     """Everything of a run, once its folder is there."""
     pairs = shards, _, heldout_latents, heldout_captions = read_pairs(args, device, dtype)
     runs.record_data(args, shards, run.start, rank)
-    if run.newest:
+    shape = tuple(heldout_latents.shape[1:])
+    if args.backbone == "teacher":
+        latent_rm = on_teacher(args, shape, run.newest, device, dtype)
+    elif run.newest:
         latent_rm = LatentRM.from_pretrained(run.newest / "latent_rm")
     else:
-        latent_rm = new_latent_rm(args, tuple(heldout_latents.shape[1:]))
+        latent_rm = new_latent_rm(args, shape)
     latent_rm.to(device).train()
-    latent_rm.text.requires_grad_(args.train_text).set_grad_checkpointing(args.grad_checkpoint)
+    if args.backbone == "vit":
+        text = latent_rm.text.requires_grad_(args.train_text)
+        text.set_grad_checkpointing(args.grad_checkpoint)
     run.know({"latent_rm": latent_rm})
     weights, optimizer = new_optimizer(latent_rm, args, run.newest, device)
     towers = processes.averaged(Towers(latent_rm, dtype), world)

@@ -29,6 +29,7 @@ import brakes
 import data
 import evaluate
 import latent_rm as proxy
+import teacher_rm
 from discriminator import Discriminator
 from lcm_solver import DDIMSolver, consistency_function, huber
 from lora import LAYERS, LoRA, Update, sharing
@@ -361,8 +362,8 @@ class Networks:
         student.train().checkpointing = args.grad_checkpoint
         latent_rm = None
         if args.latent_rm is not None:
-            latent_rm = proxy.LatentRM.from_pretrained(
-                newest / "latent_rm" if newest else args.latent_rm, device=device).train()
+            latent_rm = teacher_rm.load(
+                newest / "latent_rm" if newest else args.latent_rm, teacher, model, device).train()
         averages = brakes.Averages.of(reward, args, newest, device)
         discriminator = None
         if args.anchor:

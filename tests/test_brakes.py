@@ -496,8 +496,9 @@ def rows_of(options):
 CASES = ["shown otherwise", "balanced", "anchored", "proxied", "updates"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [
+    case if case in ("balanced", "proxied") else pytest.param(case, marks=pytest.mark.slow)
+    for case in CASES])
 def test_stopped_and_resumed_equals_one_run_bit_for_bit(case, fit, tmp_path, model_folder):
     options = every(model_folder, case)
     out = resumed(fit, tmp_path, batch_size=rows_of(options), **options)

@@ -6,14 +6,17 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+import brakes
 import reward as rewards
 import train
 from conftest import CLIP, LATENT_RM, ROOT, TEXT, UNET, VAE as TINY_VAE
+from discriminator import Discriminator, DiscriminatorConfig
 from latent_rm import LatentRM, LatentRMConfig
 from lcm_solver import DDIMSolver, NoiseSchedule
 from pipeline import Pipeline
 from support import cli
 from support.tokenizer import Tokenizer
+from teacher_rm import TeacherRM, TeacherRMConfig
 from text_encoder import TextConfig, TextEncoder, TextTower
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -57,17 +60,21 @@ def pocket(words, dtype):
     return reward
 
 
-def run_step(words, reward, latent_rm, dtype, **options):
+def run_step(words, reward, latent_rm, dtype, more=(), **options):
     model, teacher = pipeline(words, dtype), frozen(dtype, UNet, UNetConfig(**UNET))
+    if isinstance(latent_rm, TeacherRM):
+        latent_rm.stand_on(teacher, model)
     student, target = UNet(STUDENT), frozen(torch.float32, UNet, STUDENT)
     args = train.Config(ddim_steps=10, **options)
     solver = DDIMSolver(model.schedule, args.ddim_steps)
     pictures = torch.empty(2, 3, 32, 32)
-    draws = torch.empty(2, 4, 8, 8), torch.empty(2, 4, 8, 8), torch.empty(2), torch.empty(2)
+    draws = [torch.empty(2, 4, 8, 8), torch.empty(2, 4, 8, 8), torch.empty(2), torch.empty(2)]
+    if args.reward_jitter:
+        draws += [torch.empty(2, 3), torch.empty(2, 3, 32, 32)]
     with cli.autocast(CUDA, dtype):
         loss, stats = train.distillation_loss(
             model, teacher, student, target, reward, solver, (pictures, PROMPTS, draws), args,
-            latent_rm)
+            latent_rm, **dict(more))
     assert loss.dtype == torch.float32 and loss.requires_grad  # to go back takes a real card
     return stats
 
@@ -84,6 +91,25 @@ def test_a_step_reads_nothing_back(fake, words, path, dtype):
         latent_rm.train_top(1, 1)
     stats = run_step(words, reward, latent_rm, dtype, grad_checkpoint="recomputed" in path)
     assert {value.device.type for value in stats.values()} == {"cuda"}
+
+
+@pytest.mark.parametrize("path", ["direct", "proxy"])
+def test_nor_does_one_with_every_brake(fake, words, path):
+    """What a step learns of its reward included."""
+    reward, latent_rm = pocket(words, torch.bfloat16), None
+    reward.resolution = 24
+    if path == "proxy":
+        latent_rm = TeacherRM(TeacherRMConfig(
+            latent_size=8, channels=112, side=2, text_width=32, width=32, heads=2, embed_dim=16))
+        latent_rm.train_top(1, 1)
+    averages = brakes.Averages(brakes.AveragesConfig(("reward",)))
+    more = {"averages": averages, "discriminator": Discriminator(DiscriminatorConfig(112))}
+    stats = run_step(words, rewards.Mixture([reward], [2.0]), latent_rm, torch.bfloat16, more,
+                     reward_cap=0.5, reward_jitter=0.1, reward_normalize=True, reward_ratio=0.5,
+                     rm_privileged=path == "proxy", anchor=0.1)
+    assert {value.device.type for value in stats.values()} == {"cuda"}
+    averages.learn(stats, train.Config(), 1)
+    assert averages.scores.device.type == "cuda"
 
 
 def tiny_imagereward(monkeypatch):
