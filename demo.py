@@ -7,9 +7,9 @@
 A click on a picture saves it: the bytes that sample.py writes. A PNG of either, dropped on the
 page, brings its settings back.
 """
-import functools
 import time
 from dataclasses import dataclass
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -17,15 +17,12 @@ import torch
 from lcm_solver import lcm_timesteps
 from pipeline import Pipeline, to_pil
 from reward import load_reward, read_picture
-from support import lora_files
+from support import lora_files, page
 from support.checkpoints import checkpoints, step_of
-from support.cli import POCKET, option, parse, parse_size, pick_device, pick_precision, require, run
+from support.cli import POCKET, option, parse, pick_device, pick_precision, require, run
 from support.kernels import compile_for_drawing
-from support.page import BLANK, LETTERS, figure, needs_gradio, serve, sheet, short
-from support.runs import last_line
-from support.weights import InputError
 
-STEPS, TEACHER_STEPS, FILES = 8, 50, 16
+STEPS, TEACHER_STEPS = 8, 50
 
 
 @dataclass
@@ -53,18 +50,18 @@ class Config:
 
 class Studio:
     """The networks behind the page. draw, compare, score and checkpoint take what the page's fields
-    hold and give HTML. Raises InputError."""
+    hold and give HTML; the first two yield it as it grows. Raises InputError."""
 
     def __init__(self, args):
         self.args, self.device = args, pick_device(args.device)
         self.model = Pipeline.from_pretrained(
             args.model, self.device, pick_precision(args.precision, self.device))
         encoder = self.model.text_encoder
-        encode = functools.lru_cache(256)(lambda *words: type(encoder).forward(encoder, words))
+        encode = lru_cache(256)(lambda *words: type(encoder).forward(encoder, words))
         encoder.forward = lambda prompts: encode(*prompts)
-        self.load_unet = functools.cache(self.load)  # student, second, teacher: they stay
-        self.load_checkpoint = functools.lru_cache(1)(self.load)
-        self.load_reward = functools.cache(lambda spec: load_reward(spec, self.device))
+        self.load_unet = cache(self.load)  # student, second, teacher: they stay
+        self.load_checkpoint = lru_cache(1)(self.load)
+        self.load_reward = cache(lambda spec: load_reward(spec, self.device))
         student = Path(args.model) / "student"
         own = student.is_dir() and not args.lora
         self.student = args.unet or str(student if own else args.model)
@@ -77,7 +74,7 @@ class Studio:
         self.offered = self.scorers | {spec: spec for spec in ("jpeg", *args.rewards)}
         require(not args.run or self.checkpoints(),
                 f"--run {args.run}: no checkpoints there; expected a run folder of train.py")
-        self.draw("", 1, 3.0, 0, f"{self.side}x{self.side}")  # the first takes longer
+        list(self.draw("", 1, 3.0, 0, f"{self.side}x{self.side}"))  # the first takes longer
 
     def load(self, where, student=True, lora=None):
         """Where each UNet comes from. lora: of a run's checkpoint."""
@@ -89,24 +86,16 @@ class Studio:
             compile_for_drawing(unet)
         return unet
 
-    def checked(self, prompt, steps, w, seed, size):
-        """-> the same, numbers as such and size as (height, width). InputError out of bounds: those
-        of the page's fields bind no other program that calls the server."""
-        require(isinstance(prompt, str) and len(prompt) <= LETTERS,
-                f"prompt: expected {LETTERS} letters or fewer")
-        for name, value, low, high in (("steps", steps, 1, self.steps), ("guidance", w, -50, 50),
-                                       ("seed", seed, 0, 2**53)):
-            require(isinstance(value, (int, float)) and low <= value <= high,
-                    f"{name} {value}: expected {low} to {high}")
-        height, width = parse_size(str(size), self.model.vae.factor)
-        require(max(height, width) <= 2 * self.side,
-                f"--size {size}: expected {2 * self.side} pixels a side or fewer")
-        return prompt, int(steps), float(w), int(seed), (height, width)
+    def checked(self, *fields):
+        """prompt, steps, w, seed and size as fields hold them -> the same as numbers, size as
+        (height, width)."""
+        return page.checked(*fields, self.steps, self.side, self.model.vae.factor)
 
     def picture(self, settings, title=None, more=0, where=None, unet=None, solver="lcm",
-                scorers=None, progress=iter, see=None):
+                progress=iter, see=None):
         """One picture, of the seed and `more`, drawn alone: nothing else that is asked for changes
-        it. -> its first score, its figure. see: gets the figures of a student's predictions."""
+        it. -> image [1,3,H,W], and a function from the lines under it to its figure. see: gets the
+        figures of a student's predictions."""
         (prompt, steps, w, seed, size), where = settings, where or self.student
         unet, seed = unet or self.load_unet(where, solver == "lcm"), seed + more
         facts = {"prompt": prompt, "seed": seed, "steps": steps, "solver": solver, "guidance": w,
@@ -119,15 +108,16 @@ class Studio:
         drawn = to_pil(image[0])
         title = f"{title or f'seed {seed}'}, {time.perf_counter() - start:.2f} s"
         for latents, t in zip(seen, lcm_timesteps(self.model.schedule, steps) if see else ()):
-            see(figure(to_pil(self.model.decode(latents)[0]), f"t = {t}", facts=facts | {"t": t}))
-        score, lines = self.scores(image, prompt, scorers or self.scorers)
-        return score, figure(drawn, title, lines, facts, f"{prompt[:40]} {seed}.png")
+            prediction = to_pil(self.model.decode(latents)[0])
+            see(page.figure(page.encoded(prediction, facts | {"t": t}), f"t = {t}"))
+        return image, partial(
+            page.figure, page.encoded(drawn, facts), title, name=f"{prompt[:40]} {seed}.png")
 
     @torch.no_grad()
-    def scores(self, image, prompt, scorers):
+    def scores(self, image, prompt, scorers, progress=iter):
         """image [1,3,H,W] in [0,1], scorers {name: spec} -> the first score, all as words."""
         totals, lines = [], []
-        for name, spec in scorers.items():
+        for name, spec in progress(scorers.items()):
             reward = self.load_reward(spec)
             parts = {k: v.item() for k, v in reward.parts(image.to(self.device), [prompt]).items()}
             totals.append(sum(reward.weights[part] * score for part, score in parts.items()))
@@ -135,14 +125,22 @@ class Studio:
             lines += [f"{part} {score:.3f}" for part, score in parts.items() if len(parts) > 1]
         return next(iter(totals), 0.0), lines
 
+    def scored(self, settings, *args, scorers=None, **options):
+        """picture(), with its scores under it -> the first score, the figure."""
+        image, shown = self.picture(settings, *args, **options)
+        score, lines = self.scores(image, settings[0], scorers or self.scorers)
+        return score, shown(lines)
+
     def draw(self, prompt, steps, w, seed, size, count=1, progress=iter):
-        """`count` pictures, of one seed after the other."""
-        settings, start = self.checked(prompt, steps, w, seed, size), time.perf_counter()
-        found = [self.picture(settings, more=i, progress=progress)[1] for i in range(count)]
-        encoder = self.model.text_encoder
-        cut = "".join(f"{tokens} tokens: cut at {encoder.tokenizer.model_max_length}, the rest is "
-                      "not read" for tokens in encoder.cut([prompt]).values())
-        return sheet(found, "one" if count == 1 else "four", cut, time.perf_counter() - start)
+        """Yields `count` pictures, of one seed after the other, and then the same with scores: the
+        one who types looks at the picture. progress: wraps timesteps and scorers."""
+        settings = self.checked(prompt, steps, w, seed, size)
+        drawn = [self.picture(settings, more=i, progress=progress) for i in range(count)]
+        arranged = partial(page.sheet, kind="one" if count == 1 else "four",
+                           note=page.cut_note(self.model.text_encoder, prompt))
+        yield arranged([shown([f"{name} …" for name in self.scorers]) for _, shown in drawn])
+        yield arranged([shown(self.scores(image, prompt, self.scorers, progress)[1])
+                        for image, shown in drawn])
 
     def compare(self, prompt, w, seed, size, progress=iter):
         """Yields the page as it grows: each student's pictures, the first one's steps, the
@@ -150,41 +148,28 @@ class Studio:
         prompt, _, w, seed, size = self.checked(prompt, 1, w, seed, size)
         rows = {where: [] for where in (self.student, self.args.second) if where}
         seen, counts = [], [n for n in (1, 2, 4, 8) if n <= self.steps]
-        strip = (f"f(z, w, c, t): what the student takes for the clean picture at each of "
-                 f"{counts[-1]} steps, between which it is made noisy again")
-
-        def so_far(first):
-            found = [sheet([left, *row], note=f"{short(where)}, seed {seed}", head=True)
-                     for left, (where, row) in zip((first, BLANK), rows.items())]
-            return "".join(found + [sheet(seen, "strip", strip, head=True)] * bool(seen))
-
         for where, row in rows.items():
             for steps in counts:
                 see = seen.append if where == self.student and steps == counts[-1] else None
                 title = "1 call" if steps == 1 else f"{steps} calls"
-                row.append(self.picture((prompt, steps, w, seed, size), title, where=where,
-                                        see=see)[1])
-                yield so_far(BLANK)
-        yield so_far(self.picture((prompt, TEACHER_STEPS, w, seed, size),
-                                  f"teacher, {2 * TEACHER_STEPS} calls", where=self.args.model,
-                                  solver="ddim", progress=progress)[1])
+                row.append(self.scored((prompt, steps, w, seed, size), title, where=where,
+                                       see=see)[1])
+                yield page.comparison(rows, seen, seed)
+        teacher = self.scored((prompt, TEACHER_STEPS, w, seed, size),
+                              f"teacher, {2 * TEACHER_STEPS} calls", where=self.args.model,
+                              solver="ddim", progress=progress)[1]
+        yield page.comparison(rows, seen, seed, teacher)
 
     def score(self, prompt, offered, files, draws, steps, w, seed, size):
         """The pictures in `files` and `draws` new ones, the best first, by one reward."""
         settings, files = self.checked(prompt, steps, w, seed, size), files or []
         require(offered in self.offered, f"reward {offered}: expected one of those offered")
-        require(len(files) <= FILES, f"{len(files)} pictures: expected {FILES} or fewer")
         scorers, found = {offered: self.offered[offered]}, []
-        for file in files:
-            try:
-                image = read_picture(file)
-            except InputError as error:
-                raise InputError(str(error).replace(str(file), Path(file).name)) from None
-            shown, (score, lines) = to_pil(image[0]), self.scores(image, prompt, scorers)
-            shown.thumbnail((512, 512))
-            found.append((score, figure(shown, Path(file).name, lines)))
-        found += [self.picture(settings, more=i, scorers=scorers) for i in range(draws)]
-        return sheet([html for _, html in sorted(found, key=lambda pair: -pair[0])])
+        for image, shown in page.dropped(files, read_picture):
+            score, lines = self.scores(image, prompt, scorers)
+            found.append((score, shown(lines)))
+        found += [self.scored(settings, more=i, scorers=scorers) for i in range(draws)]
+        return page.sheet([html for _, html in sorted(found, key=lambda pair: -pair[0])])
 
     def checkpoints(self):
         return checkpoints(Path(self.args.run)) if self.args.run else []
@@ -199,16 +184,14 @@ class Studio:
             unet, where = self.load_checkpoint(self.args.model, True, str(lora)), str(lora)
         else:
             unet = self.load_checkpoint(where)
-        line = last_line(Path(self.args.run) / "log.jsonl", step)
-        rows = [self.picture(settings, None, i, where, unet)[1] for i in range(4)]
-        reward = f", reward {line['reward']:.3f} in training" if "reward" in line else ""
-        return sheet(rows, note=f"step {step}{reward}", head=True)
+        four = [self.scored(settings, None, i, where, unet)[1] for i in range(4)]
+        return page.reached(four, self.args.run, step)
 
 
 def main():
     args = parse(Config(), __doc__)
-    needs_gradio()  # said before anything is loaded
-    serve(Studio(args), args.host, args.port)
+    page.needs_gradio()  # said before anything is loaded
+    page.serve(Studio(args), args.host, args.port)
 
 
 if __name__ == "__main__":

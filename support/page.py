@@ -14,12 +14,13 @@ from types import SimpleNamespace
 
 from PIL import Image
 
-from support.cli import require
-from support.pictures import write_png
+from support.cli import parse_size, require
+from support.pictures import to_pil, write_png
+from support.runs import last_line
 from support.weights import InputError, first_line
 
 HEAD = Path(__file__).with_suffix(".html")  # style and script
-LETTERS, WAITING = 1000, 16  # of a prompt; events in the queue
+LETTERS, FILES, WAITING = 1000, 16, 16  # of a prompt; to score at a time; events in the queue
 BLANK = "<figure></figure>"
 
 
@@ -29,30 +30,88 @@ class Superseded(Exception):
 
 # ----------------------------------------------------------------------------------------- pictures
 
-def figure(picture, title, lines=(), facts=None, name="picture.png"):
-    """A PIL image, as a PNG with `facts` in its metadata, and the words under it -> HTML, in which
-    words are words."""
+def encoded(picture, facts=None):
+    """A PIL image -> a PNG with `facts` in its metadata, as text."""
     png = io.BytesIO()
     write_png(picture, png, **facts or {})
-    data = base64.b64encode(png.getvalue()).decode()
+    return base64.b64encode(png.getvalue()).decode()
+
+
+def figure(png, title, lines=(), name="picture.png"):
+    """An encoded picture and the words under it -> HTML, in which words are words."""
     title, name, *lines = map(escape, (title, name, *lines))
-    return (f'<figure><img src="data:image/png;base64,{data}" alt="{title}" data-name="{name}" '
+    return (f'<figure><img src="data:image/png;base64,{png}" alt="{title}" data-name="{name}" '
             f'title="click to save" decoding="sync"><figcaption><b>{title}</b>'
             + "".join(f"<span>{line}</span>" for line in lines) + "</figcaption></figure>")
 
 
-def sheet(figures, kind="row", note="", seconds=0.0, head=False):
-    """Figures side by side with a note under them, or above them (head), as HTML. seconds: what
-    they took here, for whoever measures."""
-    body = f'<div class="sheet {kind}" data-seconds="{seconds:.4f}">{"".join(figures)}</div>'
+def sheet(figures, kind="row", note="", head=False):
+    """Figures side by side with a note under them, or above them (head), as HTML."""
+    body = f'<div class="sheet {kind}">{"".join(figures)}</div>'
     note = f'<p class="note">{escape(note)}</p>' if note else ""
     return note + body if head else body + note
+
+
+def comparison(rows, seen, seed, teacher=BLANK):
+    """rows: {where: figures of that student}, `seen`: figures of the first one's predictions ->
+    HTML, in which the teacher's figure stands before the first row."""
+    strip = (f"f(z, w, c, t): what the student takes for the clean picture at each of {len(seen)} "
+             "steps, between which it is made noisy again")
+    found = [sheet([left, *row], note=f"{short(where)}, seed {seed}", head=True)
+             for left, (where, row) in zip((teacher, BLANK), rows.items())]
+    return "".join(found + [sheet(seen, "strip", strip, head=True)] * bool(seen))
+
+
+def reached(figures, run, step):
+    """Pictures of a run's checkpoint, under what its log says of that step -> HTML."""
+    line = last_line(Path(run) / "log.jsonl", step)
+    reward = f", reward {line['reward']:.3f} in training" if "reward" in line else ""
+    return sheet(figures, note=f"step {step}{reward}", head=True)
+
+
+def cut_note(encoder, prompt):
+    """What there is to say if the text encoder does not read all of the prompt."""
+    longest = encoder.tokenizer.model_max_length
+    return "".join(f"{tokens} tokens: cut at {longest}, the rest is not read"
+                   for tokens in encoder.cut([prompt]).values())
 
 
 def short(where):
     """A path as it is called from here, if it lies below."""
     here = Path.cwd()
     return str(Path(where).relative_to(here)) if Path(where).is_relative_to(here) else where
+
+
+# ------------------------------------------------------------------------------- what a page sends
+
+def checked(prompt, steps, w, seed, size, most, side, factor):
+    """The fields of Draw -> the same, numbers as such and size as (height, width). InputError out
+    of bounds: those of the fields bind no other program that calls the server. most: of steps;
+    side: of training, in pixels; factor: the VAE's."""
+    require(isinstance(prompt, str) and len(prompt) <= LETTERS,
+            f"prompt: expected {LETTERS} letters or fewer")
+    for name, value, low, high in (
+            ("steps", steps, 1, most), ("guidance", w, -50, 50), ("seed", seed, 0, 2**53)):
+        require(isinstance(value, (int, float)) and low <= value <= high,
+                f"{name} {value}: expected {low} to {high}")
+    height, width = parse_size(str(size), factor)
+    require(max(height, width) <= 2 * side,
+            f"--size {size}: expected {2 * side} pixels a side or fewer")
+    return prompt, int(steps), float(w), int(seed), (height, width)
+
+
+def dropped(files, read):
+    """Yields image [1,3,H,W] and, as for a drawn one, what makes its figure of the lines under it.
+    read: of a file, whose folder on the server is nobody's business."""
+    require(len(files) <= FILES, f"{len(files)} pictures: expected {FILES} or fewer")
+    for file in files:
+        try:
+            image = read(file)
+        except InputError as error:
+            raise InputError(str(error).replace(str(file), Path(file).name)) from None
+        shown = to_pil(image[0])
+        shown.thumbnail((512, 512))
+        yield image, functools.partial(figure, encoded(shown), Path(file).name)
 
 
 def settings_in(file):
@@ -73,8 +132,8 @@ def settings_in(file):
 # ------------------------------------------------------------------------------------------- events
 
 def told(function, outputs=1):
-    """The function's outputs and an empty line; if it raises, its outputs are left as they are and
-    the line says what was wrong."""
+    """The function's outputs, or each that it yields, and an empty line; if it raises, its outputs
+    are left as they are and the line says what was wrong."""
     from gradio import skip
 
     def wrong(error):
@@ -115,16 +174,17 @@ def handlers(studio):
         newest.pop(request.session_hash, None)
 
     def draw(prompt, steps, w, seed, size, four, number, request: gr.Request):
-        def watched(timesteps):
-            for t in timesteps:
+        def watched(parts):
+            for part in parts:
                 if newest.get(request.session_hash, 0) > number:
                     raise Superseded
-                yield t
-        return studio.draw(prompt, steps, w, seed, size, 4 if four else 1, watched)
+                yield part
+        yield from studio.draw(prompt, steps, w, seed, size, 4 if four else 1, watched)
 
     def restore(file):
         found = settings_in(file)
-        return *found, False, studio.draw(*found)
+        *_, html = studio.draw(*found)
+        return *found, False, html
 
     def compare(prompt, w, seed, size, progress=gr.Progress()):  # noqa: B008 (gradio's way)
         yield from studio.compare(

@@ -57,7 +57,6 @@ watch("connect", socket.socket), watch("getaddrinfo", socket)
 sys.path.insert(0, sys.argv.pop(1))
 import demo
 from support.cli import run
-run(demo.main)
 """
 
 
@@ -101,19 +100,25 @@ def studio(config):
 
 
 class Server:
-    def __init__(self, folder, variables=None, **options):
+    def __init__(self, folder, variables=None, changes="", **options):
+        """changes: to demo.py, as Python."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.url, self.output = f"http://127.0.0.1:{self.port}", folder / "output"
         argv = [f"--{name}={value}" for name, value in ({"port": self.port} | options).items()]
-        command = [sys.executable, "-c", WATCHED, str(ROOT), *argv]
+        script = WATCHED + changes + "run(demo.main)"
+        command = [sys.executable, "-c", script, str(ROOT), *argv]
         environment = os.environ | {"TMPDIR": str(folder), "GRADIO_SHARE": "True"}
         environment |= variables or {}
         with open(self.output, "w") as output:
             self.process = subprocess.Popen(
                 command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-        until(self.answers, 180)
+        try:
+            until(self.answers, 180)
+        except BaseException:
+            self.close()
+            raise
 
     def answers(self):
         assert self.process.poll() is None, self.output.read_text()
@@ -226,12 +231,21 @@ def pngs_in(html):
     return [base64.b64decode(data) for data in re.findall(r'base64,([^"]+)', html)]
 
 
+def drawn(studio, *asked):
+    """The pictures of Draw, as PNG."""
+    return pngs_in([*studio.draw(*asked)][-1])
+
+
+def scores_in(text):
+    return re.findall(r"(?:reward|judge) -?\d+\.\d+", text)
+
+
 # -------------------------------------------------------------------------------- without a browser
 
 @pytest.mark.parametrize("solver", ["lcm", "ddim"])
 def test_the_pages_png_is_the_file_of_sample_py(solver, studio, config, tmp_path):
     if solver == "lcm":
-        [png] = pngs_in(studio.draw(WORDS, 3, 4.5, 7, "24x40"))
+        [png] = drawn(studio, WORDS, 3, 4.5, 7, "24x40")
         options = ["--steps", 3]
     else:
         png, options = pngs_in([*studio.compare(WORDS, 4.5, 7, "24x40")][-1])[0], ["--steps", 50]
@@ -261,7 +275,7 @@ def test_a_lora_draws_what_sample_py_draws_with_it_and_its_run_is_gone_through(
     file = str(lora_run / "checkpoints/step-000010/lora_target")
     changes = {"second": None, "lora": [file], "lora_scale": ["0.5"], "run": str(lora_run)}
     studio = demo.Studio(dataclasses.replace(config, **changes))
-    [png] = pngs_in(studio.draw(WORDS, 2, 3.0, 0, SIZE))
+    [png] = drawn(studio, WORDS, 2, 3.0, 0, SIZE)
     for scale in (0.5, 1):
         assert call(sample.main, "--model", config.model, "--device", "cpu", "--precision", "fp32",
                     "--prompt", WORDS, "--size", SIZE, "--lora", file, "--lora-scale", scale,
@@ -274,8 +288,8 @@ def test_a_lora_draws_what_sample_py_draws_with_it_and_its_run_is_gone_through(
 
 
 def test_four_seeds_are_four_pictures_each_as_if_drawn_alone(studio):
-    four = pngs_in(studio.draw(WORDS, 2, 3.0, 5, SIZE, 4))
-    assert four == [pngs_in(studio.draw(WORDS, 2, 3.0, seed, SIZE))[0] for seed in range(5, 9)]
+    four = drawn(studio, WORDS, 2, 3.0, 5, SIZE, 4)
+    assert four == [drawn(studio, WORDS, 2, 3.0, seed, SIZE)[0] for seed in range(5, 9)]
     assert len(set(four)) == 4
 
 
@@ -284,14 +298,14 @@ def test_the_strip_shows_each_steps_prediction_and_ends_in_the_picture(studio):
     strip = pngs_in(html[html.index('"sheet strip"'):])
     pixels = [np.array(Image.open(io.BytesIO(png))) for png in strip]
     assert len(strip) == 8 and [facts(png)["t"] for png in strip][::7] == ["999", "139"]
-    alone = [np.array(Image.open(io.BytesIO(pngs_in(studio.draw(WORDS, n, 3.0, 1, SIZE))[0])))
+    alone = [np.array(Image.open(io.BytesIO(drawn(studio, WORDS, n, 3.0, 1, SIZE)[0])))
              for n in (1, 8)]
     assert np.array_equal(pixels[0], alone[0]) and np.array_equal(pixels[-1], alone[1])
 
 
 def test_scores_are_those_of_the_reward(studio, config, tmp_path, capsys):
     import reward
-    html = studio.draw(WORDS, 2, 3.0, 0, SIZE)
+    *_, html = studio.draw(WORDS, 2, 3.0, 0, SIZE)
     (tmp_path / "a.png").write_bytes(pngs_in(html)[0])
     for name in ("reward", "judge"):
         spec = getattr(config, name)
@@ -302,8 +316,25 @@ def test_scores_are_those_of_the_reward(studio, config, tmp_path, capsys):
 
 
 def test_a_cut_prompt_is_told(studio):
-    assert "cut at 32" in studio.draw("house, " * 40, 1, 3.0, 0, SIZE)
-    assert "cut at" not in studio.draw(WORDS, 1, 3.0, 0, SIZE)
+    assert all("cut at 32" in html for html in studio.draw("house, " * 40, 1, 3.0, 0, SIZE))
+    assert "cut at" not in "".join(studio.draw(WORDS, 1, 3.0, 0, SIZE))
+
+
+def test_the_picture_comes_before_its_scores_and_is_encoded_once(studio, monkeypatch):
+    done = []
+    for where, name in ((studio, "scores"), (pages, "write_png")):
+        told = getattr(where, name)
+        monkeypatch.setattr(where, name, lambda *args, told=told, name=name, **more: (
+            done.append(name), told(*args, **more))[1])
+    for count in (1, 4):
+        done.clear()
+        growing = studio.draw(WORDS, 2, 3.0, 0, SIZE, count)
+        picture = next(growing)
+        assert done == ["write_png"] * count and not scores_in(picture)
+        assert picture.count("reward …") == picture.count("judge …") == count
+        [whole] = growing
+        assert done[count:] == ["scores"] * count and pngs_in(whole) == pngs_in(picture)
+        assert len(scores_in(whole)) == 2 * count and "…" not in whole
 
 
 BAD = {
@@ -326,7 +357,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_what_a_page_asks_for_is_bounded_on_the_server(case, studio):
     with pytest.raises(InputError):
-        studio.draw(*BAD[case])
+        next(studio.draw(*BAD[case]))
 
 
 def test_a_reward_that_was_not_offered_is_not_loaded(studio):
@@ -344,7 +375,7 @@ def test_too_many_pictures_and_checkpoints_that_are_not_there_are_refused(studio
 
 
 def test_settings_of_the_page_and_of_sample_py_come_back(studio, tmp_path):
-    (tmp_path / "a.png").write_bytes(pngs_in(studio.draw("lapin 🐇", 3, 6.25, 9, "24x40"))[0])
+    (tmp_path / "a.png").write_bytes(drawn(studio, "lapin 🐇", 3, 6.25, 9, "24x40")[0])
     assert pages.settings_in(tmp_path / "a.png") == ("lapin 🐇", 3, 6.25, 9, "24x40")
 
 
@@ -376,9 +407,22 @@ def test_a_newer_key_ends_the_older_picture_and_only_that_pages(studio):
     mine, other = (types.SimpleNamespace(session_hash=name) for name in "ab")
     key(5, mine)
     asked = WORDS, 2, 3.0, 0, SIZE, False
-    assert draw(*asked, 4, mine) == (gr.skip(), gr.skip())
+    assert [*draw(*asked, 4, mine)] == [(gr.skip(), gr.skip())]
     for number, request in ((5, mine), (6, mine), (0, other)):
-        assert len(pngs_in(draw(*asked, number, request)[0])) == 1
+        assert [len(pngs_in(html)) for html, _ in draw(*asked, number, request)] == [1, 1]
+
+
+def test_a_newer_key_ends_the_scoring_of_a_picture_that_is_shown(studio, monkeypatch):
+    blocks = pages.page(studio)
+    key, draw = (next(f.fn for f in blocks.fns.values() if f.name == name)
+                 for name in ("key", "draw"))
+    mine, began = types.SimpleNamespace(session_hash="a"), []
+    load = studio.load_reward
+    monkeypatch.setattr(studio, "load_reward", lambda spec: (
+        began.append(spec), key(len(began), mine), load(spec))[2])  # a key during the first score
+    growing = draw(WORDS, 2, 3.0, 0, SIZE, False, 0, mine)
+    assert len(pngs_in(next(growing)[0])) == 1 and not began
+    assert [*growing] == [(gr.skip(), gr.skip())] and began == [studio.scorers["reward"]]
 
 
 def test_one_worker_a_bounded_queue_and_no_open_api(studio):
@@ -450,8 +494,9 @@ def test_gradio_is_imported_in_one_file_and_late():
 def test_the_picture_follows_the_words(page, studio):
     page.fill("#prompt", "rocket")
     [png] = page.shows("rocket")
-    assert png == pngs_in(studio.draw("rocket", 2, 3.0, 0, SIZE))[0]
-    assert re.search(r"seed 0, .* s\s+reward -?\d\.\d+\s+judge -?\d\.\d+", page.text("#drawn"))
+    assert png == drawn(studio, "rocket", 2, 3.0, 0, SIZE)[0]
+    scored = r"seed 0, .* s\s+reward -?\d\.\d+\s+judge -?\d\.\d+"
+    until(lambda: re.search(scored, page.text("#drawn")))
     field = page.one("#prompt textarea")
     for keys, words in ((["s"], "rockets"), ([Keys.BACKSPACE], "rocket"),
                         ([Keys.CONTROL, "ax"], ""), ([Keys.CONTROL, "v"], "rocket")):
@@ -468,7 +513,7 @@ def test_every_field_changes_the_picture(page, studio):
             ("#w", "5.5", (2, 5.5, 0, SIZE)), ("#seed", "11", (2, 5.5, 11, SIZE)),
             ("#size", "24x40", (2, 5.5, 11, "24x40")), ("#steps", "4", (4, 5.5, 11, "24x40"))):
         page.fill(css, value).send_keys(Keys.TAB)
-        wanted = pngs_in(studio.draw(WORDS, *wanted))
+        wanted = drawn(studio, WORDS, *wanted)
         until(lambda wanted=wanted: page.pngs("#drawn") == wanted)
     page.one("#four input").click()
     until(lambda: len(page.pngs("#drawn")) == 4)
@@ -483,8 +528,46 @@ def test_two_hundred_fast_keys_leave_no_stale_picture(page, studio):
     words = ("a green heart, snow and a fish " * 7)[:200].strip()
     page.fill("#prompt", words)
     found = page.shows(words)
+    until(lambda: "…" not in page.text("#drawn"))
     time.sleep(1)  # whatever might still come
-    assert page.pngs("#drawn") == found == pngs_in(studio.draw(words, 8, 3.0, 0, SIZE, 4))
+    *_, html = studio.draw(words, 8, 3.0, 0, SIZE, 4)
+    assert page.pngs("#drawn") == found == pngs_in(html)
+    assert scores_in(page.text("#drawn")) == scores_in(html)
+
+
+# Every picture, with the words under it, that stands on the page from now on.
+WITNESS = """
+const state = () => [document.querySelector("#drawn img").src,
+                     document.querySelector("#drawn figcaption").innerText];
+window.states = [state()];
+new MutationObserver(() => {
+  if (JSON.stringify(state()) !== JSON.stringify(states.at(-1))) states.push(state());
+}).observe(document.querySelector("#drawn"),
+           {subtree: true, childList: true, attributes: true, characterData: true});
+"""
+
+
+@browsers
+def test_scores_come_after_their_picture_and_never_stand_under_another(page, studio):
+    until(lambda: scores_in(page.text("#drawn")))
+    page.run(WITNESS)
+    field = page.one("#prompt textarea")
+    for i, letter in enumerate(" green heart, snow and a fish"):
+        field.send_keys(letter)
+        time.sleep(i % 4 * 0.15)  # keys fall into drawings, into scorings and between them
+    words = field.get_attribute("value")
+    page.shows(words)
+    until(lambda: scores_in(page.text("#drawn")))
+    states = [(pngs_in(src)[0], scores_in(text))
+              for src, text in page.run("return window.states")]
+    assert states[-1][1] and facts(states[-1][0])["prompt"] == words
+    wanted = {}
+    for (png, scores), (before, _) in zip(states[1:], states):
+        prompt = facts(png)["prompt"]
+        if prompt not in wanted:
+            *_, html = studio.draw(prompt, 2, 3.0, 0, SIZE)
+            wanted[prompt] = scores_in(html)
+        assert not scores or (scores == wanted[prompt] and before == png), prompt
 
 
 @browsers
@@ -501,7 +584,7 @@ def test_compare_shows_teacher_students_and_strip(page, studio):
 
 @browsers
 def test_a_dropped_png_brings_its_settings_back(page, studio):
-    [png] = pngs_in(studio.draw("a fish", 4, 6.25, 12, "40x24"))
+    [png] = drawn(studio, "a fish", 4, 6.25, 12, "40x24")
     page.drop("body", "a.png", png)  # anywhere on the page
     until(lambda: page.pngs("#drawn") == [png])
     shown = [page.one(f"{css} :is(textarea, input)").get_attribute("value")
@@ -510,7 +593,7 @@ def test_a_dropped_png_brings_its_settings_back(page, studio):
     page.drop("#restore button", "b.png", random_png(0))  # on the field itself
     until(lambda: "b.png: no 'prompt' in it" in page.text("#said .prose"))
     assert page.pngs("#drawn") == [png]
-    page.drop("body", "c.png", pngs_in(studio.draw("moon", 2, 3.0, 0, SIZE))[0])
+    page.drop("body", "c.png", drawn(studio, "moon", 2, 3.0, 0, SIZE)[0])
     page.shows("moon")
     assert page.text("#said .prose") == ""
 
@@ -555,7 +638,7 @@ def test_two_pages_do_not_disturb_each_other(page, browser, studio, server):
         browser.switch_to.window(browser.window_handles[1])
         browser.close()
         browser.switch_to.window(first)
-    assert [png, second] == [pngs_in(studio.draw(w, 2, 3.0, 0, SIZE))[0] for w in words]
+    assert [png, second] == [drawn(studio, w, 2, 3.0, 0, SIZE)[0] for w in words]
 
 
 @browsers
@@ -661,42 +744,107 @@ def test_five_hundred_pictures_do_not_add_to_memory(page, server):
     assert after - before < 40 and nodes_after <= nodes + 10
 
 
-CLOCK = """
-window.pressed = window.shown = 0;
-addEventListener("keydown", () => { window.pressed = performance.now(); }, true);
-document.addEventListener("load", event => {
-  if (event.target.matches?.("#drawn img")) requestAnimationFrame(() => {
-    window.shown = performance.now();
-    window.ours = 1000 * document.querySelector("#drawn .sheet").dataset.seconds; });
-}, true);
+# What the server's clock says of a drawing, on lines of its output.
+CLOCKED = """
+import time
+from pipeline import Pipeline
+from support import page
+def clocked(where, name, what):
+    told = getattr(where, name)
+    def call(*args, **more):
+        begin = time.time()
+        found = told(*args, **more)
+        print("clock", what, begin, time.time(), flush=True)
+        return found
+    setattr(where, name, call)
+clocked(Pipeline, "draw", "network"), clocked(Pipeline, "decode", "decode")
+clocked(page, "encoded", "png")
+def draw(self, *args, told=demo.Studio.draw, **more):
+    begin = time.time()
+    for html, what in zip(told(self, *args, **more), ("picture", "scores")):
+        print("clock", what, begin, time.time(), flush=True)
+        yield html
+demo.Studio.draw = draw
 """
+# What the browser's clock says, in seconds since 1970, as time.time().
+CLOCK = """
+window.now = () => (performance.timeOrigin + performance.now()) / 1000;
+addEventListener("keydown", () => { window.pressed = now(); }, true);
+document.addEventListener("load", ({ target }) => {
+  if (target.matches?.("#drawn img")) requestAnimationFrame(() => {
+    window.shown = now();
+    window.named = target.dataset.name; });
+}, true);
+window.requested = () => {
+  const calls = performance.getEntriesByType("resource");
+  performance.clearResourceTimings();
+  const join = calls.filter(call => call.name.includes("queue/join")).at(-1);
+  return [(performance.timeOrigin + join.startTime) / 1000, calls.length];
+};
+"""
+
+
+def typed(page, field, letters, pause):
+    """Type, and wait for the picture and its scores -> when the last key was pressed and its
+    picture shown, when the browser asked for it, and how many calls of the server there were."""
+    page.run("performance.clearResourceTimings()")
+    for i, letter in enumerate(letters):
+        time.sleep(pause if i else 0)
+        field.send_keys(letter)
+    name = f"{field.get_attribute('value')} 0.png"  # words of 40 letters at most
+    until(lambda: page.run("return window.named") == name)
+    until(lambda: "…" not in page.text("#drawn"))
+    time.sleep(0.15)  # hands need longer
+    return page.run("return [window.pressed, window.shown, ...window.requested()]")
+
+
+def split(pressed, shown, asked, output):
+    """Where the time between a key and its picture went -> {part: seconds}, in order."""
+    lines = [line.split()[1:] for line in output.splitlines() if line.startswith("clock ")]
+    spans = {what: (float(begin), float(end)) for what, begin, end in lines
+             if float(begin) >= pressed}
+    took = {what: end - begin for what, (begin, end) in spans.items()}
+    begin, end = spans["picture"]
+    return {"key to request": asked - pressed, "request to handler (HTTP, queue)": begin - asked,
+            "text and steps": took["network"] - took["decode"], "decoding": took["decode"],
+            "PNG": took["png"], "HTML": took["picture"] - took["network"] - took["png"],
+            "handler to screen (gradio, browser)": shown - end}
+
+
+def tell(name, seconds):
+    print(f"{name}: median {1000 * statistics.median(seconds):.1f} ms, "
+          f"95% {1000 * statistics.quantiles(seconds, n=20)[-1]:.1f} ms")
 
 
 @browsers
 @pytest.mark.slow
 def test_latency_from_the_last_key_to_the_picture(browser, tmp_path):
     """Prints it. On a machine that does something else meanwhile the numbers mean nothing."""
-    server = Server(tmp_path)
+    server = Server(tmp_path, changes=CLOCKED)
     try:
-        page, times = Page(browser, server.url), []
+        page = Page(browser, server.url)
         page.run(CLOCK)
-        field = page.one("#prompt textarea")
-        for letter in (" green heart with a smiling face and a small red apple" * 2)[:100]:
-            page.run("window.shown = 0")
-            field.send_keys(letter)
-            until(lambda: page.run("return window.shown"))
-            times.append(page.run("return [window.shown - window.pressed, window.ours]"))
-            time.sleep(0.15)  # hands need longer
-        times = times[10:]
-        whole, ours = zip(*times)
-        threads = os.environ.get("OMP_NUM_THREADS", "not set")
-        print(f"\n{len(times)} keys, {os.cpu_count()} cores, OMP_NUM_THREADS {threads}, "
-              f"load {os.getloadavg()[0]:.1f}")
-        for name, found in (
-                ("key to picture", whole), ("ours: drawing, two scores, PNG", ours),
-                ("gradio's and the browser's", [all - part for all, part in times])):
-            print(f"{name}: median {statistics.median(found):.0f} ms, "
-                  f"95% {statistics.quantiles(found, n=20)[-1]:.0f} ms")
-        assert all(0 < part < all for all, part in times)
+        field, parts, calls, last = page.one("#prompt textarea"), [], [], []
+        for i in range(90):
+            if i % 15 == 0:
+                field.send_keys(Keys.CONTROL, "ax")
+            *times, count = typed(page, field, "green heart, fish"[i % 15], 0)
+            parts.append(split(*times, server.output.read_text()))
+            calls.append(count)
+        for word in ("smiling", "snowman", "rocket", "firefighter", "lighthouse") * 4:
+            field.send_keys(Keys.CONTROL, "ax")
+            pressed, shown, *_ = typed(page, field, word, 0.15)
+            last.append(shown - pressed)
+        parts = parts[10:]  # the first are slower
+        print(f"\n{len(parts)} keys, {os.cpu_count()} cores, OMP_NUM_THREADS "
+              f"{os.environ.get('OMP_NUM_THREADS', 'not set')}, load {os.getloadavg()[0]:.1f}, "
+              f"{statistics.median(calls):.0f} calls of the server a key")
+        ours = [sum(list(part.values())[2:6]) for part in parts]
+        tell("key to picture", [sum(part.values()) for part in parts])
+        tell("ours", ours)
+        for name in parts[0]:
+            tell(f"    {name}", [part[name] for part in parts])
+        tell("last key of a word to picture, a key every 150 ms", last)
+        assert all(0 < part < sum(whole.values()) for part, whole in zip(ours, parts))
     finally:
         server.close()
