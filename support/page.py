@@ -246,13 +246,20 @@ def page(studio):
         settings, number = [steps, w, seed, size], gr.Number(0, visible=False)
         # a Textbox's input is each key press, and so neither a deletion nor what is pasted
         fields = [prompt.change, size.change, *(x.input for x in (steps, w, seed, four))]
-        counted = {"js": "(...x) => [...x.slice(0, -1), window.keys || 0]"}  # see page.html
         hidden = {"api_visibility": "private", "show_progress": "hidden"}
         one = hidden | {"concurrency_id": "one", "concurrency_limit": 1}
-        gr.on(fields, on.key, number, None, queue=False, trigger_mode="multiple", **counted,
+        # What hangs on one event of a field waits for its turn, answers of the server included.
+        # So the server hears of a key by an event of its own, and only if it has a drawing to give
+        # up: see page.html.
+        keyboard = gr.HTML(js_on_load="window.giveUp = () => trigger('input')", visible="hidden")
+        keyboard.input(on.key, number, None, js="() => [window.keys]", queue=False,
+                       trigger_mode="multiple", **hidden)
+        gr.on(fields, None, None, None, js="() => window.touched()", trigger_mode="multiple",
               **hidden)
         gr.on([*fields, blocks.load], told(on.draw), [prompt, *settings, four, number],
-              [drawn, said], trigger_mode="always_last", **counted, **one)
+              [drawn, said], js="(...fields) => window.asked(...fields)",
+              trigger_mode="always_last", **one).then(
+            None, None, None, js="() => window.answered()", **hidden)
         file.upload(told(on.restore, 7), file, [prompt, *settings, four, drawn, said], **one).then(
             None, None, file, js="() => null", **hidden)  # ready for the next
         gr.on([begin.click, same.submit], told(on.compare), [same, w, seed, size], [compared, said],
@@ -271,6 +278,8 @@ def page(studio):
 def needs_gradio():
     """Import gradio with its analytics off, or say how to get it."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    # those of its own queue, which pandas would sum up after every picture
+    os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(10**9)
     try:
         import gradio
     except ImportError:

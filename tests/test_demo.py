@@ -535,6 +535,29 @@ def test_two_hundred_fast_keys_leave_no_stale_picture(page, studio):
     assert scores_in(page.text("#drawn")) == scores_in(html)
 
 
+@browsers
+def test_a_key_makes_two_calls_and_another_only_if_it_gives_a_drawing_up(page):
+    def calls():
+        found = page.run("return performance.getEntriesByType('resource').map(c => c.name)")
+        return [url.partition("/gradio_api/")[2].partition("?")[0] for url in found]
+
+    def typed(letters):
+        page.run("performance.clearResourceTimings()")
+        page.one("#prompt textarea").send_keys(letters)
+        page.shows(page.one("#prompt textarea").get_attribute("value"))
+        until(lambda: "…" not in page.text("#drawn"))
+    typed(" ")
+    time.sleep(0.5)  # until nothing is on its way
+    typed("t")
+    until(lambda: sorted(calls()) == ["queue/data", "queue/join"])
+    page.fill("#steps", "8").send_keys(Keys.TAB)
+    page.one("#four input").click()
+    until(lambda: len(page.pngs("#drawn")) == 4)
+    typed("able and a chair")
+    assert "run/predict" in calls()  # of a function outside the queue
+    assert calls().count("queue/join") < 15
+
+
 # Every picture, with the words under it, that stands on the page from now on.
 WITNESS = """
 const state = () => [document.querySelector("#drawn img").src,
