@@ -15,9 +15,8 @@
     python evaluate.py --compare A/results.json B/results.json    # what moved beyond noise
 
 Pictures are written once, so that the same command goes on where it was stopped. The reward is what
-training maximised. The judge is a second CLIP that takes part in no training; the pocket's knows
-the answers, since it has seen the held-out pictures too. docs/evaluation.md says what each column
-is.
+training maximised. The judge is a second CLIP that no training has seen: believe its differences
+between students, not its level. docs/evaluation.md says what each column is.
 """
 import dataclasses
 import datetime

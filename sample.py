@@ -35,18 +35,15 @@ from support.cli import (
 from support.kernels import compile_for_drawing
 from support.weights import InputError
 
-# without a prompt: four words drawn by the pocket's six artists, a row each
-STYLES = ("3d", "gradient", "flat", "noto", "blob", "twemoji")
-PROMPTS = [f"{word}, {style}" for word in ("red apple", "cat face", "rocket", "snowman")
-           for style in STYLES]
+PROMPTS = ["a red apple", "a smiling cat", "rocket", "a firefighter", "a green heart", "a snowman"]
 GRID = 64  # pictures that grid.png shows at most
 
 
 @dataclass
 class Config:
     prompt: list[str] = option(
-        (), "a prompt; may be given several times (without any: four words in six styles)",
-        list=True, group="what to draw")
+        (), "a prompt; may be given several times (without any: six for a first look)", list=True,
+        group="what to draw")
     prompts: str | None = option(None, "a text file with one prompt a line")
     steps: int = option(2, "network calls per picture (ddim: twice as many passes, for guidance)")
     n: int = option(1, "pictures per prompt")
@@ -153,8 +150,6 @@ def main():
     bar.close()
     if len(shown) > 1:
         columns = args.n if args.n > 1 else math.ceil(len(shown) ** 0.5)
-        if args.n == 1 and prompts == PROMPTS:
-            columns = len(STYLES)
         save_png(grid(torch.stack(shown), columns), out / "grid.png",
                  prompt=" | ".join(prompts[:len(shown)]), seed=args.seed, **facts)
         print(out / "grid.png")

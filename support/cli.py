@@ -2,6 +2,7 @@
 precision to use."""
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import math
@@ -127,14 +128,37 @@ def readable(argv):
 def pick_device(name):
     """"auto", "cpu", "cuda" or "cuda:1" -> torch.device; InputError if it is not there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: not usable ({str(error).splitlines()[0]}); "
                          f"expected auto, cpu or cuda") from None
+    if device.type == "cpu":
+        keep_freed_memory()
     return device
+
+
+# glibc's malloc.h
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+
+
+@functools.cache
+def keep_freed_memory():
+    """On Linux, let this process keep the memory that its tensors free, and have it in huge pages.
+
+    glibc gives every large block back to the system, and the next tensor of that size begins with
+    thousands of page faults; with pages of 4 kB the processor then looks up addresses for as long
+    as it computes. What a user has set in the environment stays."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch asks for huge pages
+    if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_MAX, 0)  # no block of its own for a large tensor
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_TOP_PAD, 2**26)  # grow by 64 MiB at a time
 
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}

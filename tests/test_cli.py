@@ -127,3 +127,23 @@ def test_an_unknown_preset_is_refused(capsys):
     with pytest.raises(SystemExit):
         parse("--preset", "sd3")
     assert "sd3" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks glibc")
+@pytest.mark.parametrize("kept", [True, False])
+def test_on_linux_a_tensor_takes_the_memory_that_another_has_freed(kept):
+    """But for a user who has set malloc's variables himself."""
+    script = """
+import resource, torch
+from support.cli import pick_device
+pick_device("cpu")
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+    before = faults()
+    torch.ones(20_000_000)  # 80 MB
+print(faults() - before)"""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+    env |= {"THP_MEM_ALLOC_ENABLE": "0"} | ({} if kept else {"MALLOC_ARENA_TEST": "8"})
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True,
+                          text=True, check=True)
+    assert (int(done.stdout) < 1000) == kept, done.stdout
