@@ -7,7 +7,8 @@ seven npm packages.
     pip install resvg-py
     python pocket/build.py --packages . --stages all
 
-On two cores or more, processes of one thread each train a network faster than one of many threads:
+On two cores or more, processes of one thread each train a network faster than one of many threads
+(the teacher, a million pictures: two to four hours on two cores, minutes on a GPU):
 
     OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 pocket/build.py --stages teacher
 
@@ -64,9 +65,9 @@ from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
 VOCABULARY = 4096
-STEPS = {"vae": 9000, "judge": 2400, "reward": 1700, "text": 700, "teacher": 4200,
+STEPS = {"vae": 10000, "judge": 2400, "reward": 2400, "text": 1000, "teacher": 8000,
          "plain": 300, "student": 450}  # times --scale
-BATCH = {"vae": 8, "judge": 128, "reward": 128, "text": 128, "teacher": 64}
+BATCH = {"vae": 8, "judge": 128, "reward": 128, "text": 128, "teacher": 128}
 # README's picture: words that a stranger knows at a glance
 SHOWN = ("red apple", "cat face", "rocket", "firefighter", "snowman", "desert island", "mushroom",
          "octopus")

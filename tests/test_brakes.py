@@ -485,6 +485,7 @@ def every(model_folder, case):
         "anchored": dict(reward=spec, anchor=0.1),
         "proxied": several | proxied | dict(reward_jitter=0.05, rm_privileged=True, anchor=0.1),
         "updates": dict(reward=spec, lora=4, teacher_pull=0.1, reward_ratio=0.5),
+        "shared out": dict(reward=spec, teacher_pull=0.1, anchor=0.1, reward_ratio=0.5),
     }[case]
 
 
@@ -511,12 +512,13 @@ def test_stopped_and_resumed_equals_one_run_bit_for_bit(case, fit, tmp_path, mod
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, "shared out"])
 def test_two_processes_equal_one_with_the_doubled_batch(
         case, fit, options, tmp_path, model_folder):
     same = dict(steps=3, lr=3e-5) | every(model_folder, case)
     rows = rows_of(same)
-    launch(options(tmp_path / "two", batch_size=rows // 4, grad_accum=2, **same), 2).succeed()
+    launch(options(tmp_path / "two", batch_size=rows // 4, grad_accum=2,
+                   shard=case == "shared out", **same), 2).succeed()
     assert fit(tmp_path / "one", batch_size=rows, **same) == 0
     keys = [key for key in ("loss", "reward", "grad_norm", "reward_ratio", "anchor_loss",
                             "reward_scale", "rm_loss") if key in lines_of(tmp_path / "one")[0]]

@@ -132,7 +132,7 @@ def test_two_processes_train_the_teacher_as_one_does(tmp_path):
         out = shutil.copytree(base, tmp_path / str(world))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                    f"--nproc_per_node={world}", POCKET / "build.py", "--out", out, "--work",
-                   out / "state", "--scale", "0.0005", "--stages", "teacher"]
+                   out / "state", "--scale", "0.0003", "--stages", "teacher"]
         subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         finals[world] = build.torch.load(out / "state/teacher.pt")["modules"]["unet"]
     for key, value in finals[1].items():
