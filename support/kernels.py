@@ -3,6 +3,8 @@ CUDA both leave everything to PyTorch. On both: compiling block by block.
 
 What each buys stands in docs/speed.md.
 """
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -14,13 +16,14 @@ def attention(q, k, v, upcast=False):
     """softmax(q k^T / sqrt(d)) v: [B, heads, L, d] and two of [B, heads, M, d] -> as q. upcast: in
     float32, whatever surrounds it.
 
-    PyTorch's CPU kernel does it in float32 as fast as can be, in bfloat16 at 40% of what plain
-    matrix products reach."""
+    PyTorch's CPU kernel does it in float32 as fast as can be, and in bfloat16 where there are
+    matrix units; without them at 40% of what plain matrix products reach."""
     if upcast:
         with torch.autocast(q.device.type, enabled=False):
             return attention(q.float(), k.float(), v.float()).to(v.dtype)
     wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or wanted or is_traced():
+    if (q.device.type != "cpu" or q.dtype != torch.bfloat16 or wanted or is_traced()
+            or has_matrix_units()):
         return F.scaled_dot_product_attention(q, k, v)
     shape, scale = q.shape, q.shape[-1] ** -0.5
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # [B * heads, L, d]
@@ -34,10 +37,16 @@ def attention(q, k, v, upcast=False):
     return out.unflatten(0, shape[:2])
 
 
+@functools.cache
+def has_matrix_units():
+    """Intel's AMX: there PyTorch's kernel is 2 to 5 times as fast as slices (docs/speed.md)."""
+    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+
+
 def silu(x):
     """Of a tensor that nobody else reads: in its place where no gradient is wanted. At a decode's
     sizes a new tensor costs more than the arithmetic."""
-    return F.silu(x, inplace=not torch.is_grad_enabled())
+    return F.silu(x, inplace=not torch.is_grad_enabled() and not is_traced())
 
 
 def is_traced():

@@ -30,7 +30,9 @@ def pair():
 @torch.no_grad()
 @pytest.mark.parametrize("spread", [1, 8])
 @pytest.mark.parametrize("queries, keys", [(600, 600), (600, 77), (1, 5)])
-def test_bf16_attention_in_slices_is_as_near_to_float32_as_pytorchs(queries, keys, spread):
+def test_bf16_attention_in_slices_is_as_near_to_float32_as_pytorchs(
+        queries, keys, spread, monkeypatch):
+    monkeypatch.setattr(kernels, "has_matrix_units", lambda: False)
     q, k, v = (rand(2, 3, length, 64, seed=i).bfloat16()
                for i, length in enumerate((queries, keys, keys)))
     q = q * spread
@@ -38,6 +40,25 @@ def test_bf16_attention_in_slices_is_as_near_to_float32_as_pytorchs(queries, key
     errors = [(way(q, k, v).float() - exact).abs().mean()
               for way in (attention, F.scaled_dot_product_attention)]
     assert errors[0] <= 1.5 * errors[1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("units", [False, True])
+def test_where_there_are_matrix_units_bf16_attention_is_pytorchs(units, monkeypatch):
+    monkeypatch.setattr(kernels, "has_matrix_units", lambda: units)
+    asked, pytorchs = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(kernels.F, "scaled_dot_product_attention",
+                        lambda *tensors: asked.append(0) or pytorchs(*tensors))
+    attention(*(rand(1, 2, 9, 8, seed=i).bfloat16() for i in range(3)))
+    assert len(asked) == units
+
+
+@torch.no_grad()
+def test_what_is_traced_for_another_engine_changes_nothing_in_place():
+    traced = torch.jit.trace(kernels.silu, rand(2, 3))
+    assert "silu_" not in str(traced.graph)
+    x = rand(2, 3)
+    assert kernels.silu(x) is x  # drawn, it does
 
 
 def test_attention_with_a_gradient_is_pytorchs(monkeypatch):
