@@ -172,9 +172,14 @@ def test_in_bf16_we_are_no_farther_from_float32_than_diffusers(tmp_path):
     exact.save_pretrained(tmp_path)
     ours = prepare_for_inference(UNet.from_pretrained(tmp_path, dtype=torch.bfloat16))
     theirs = UNet2DConditionModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
-    z, t, context = INPUTS
-    error = lambda out: (out.float() - exact(*INPUTS)).square().mean().sqrt()
-    assert error(ours(*INPUTS)) <= 1.1 * error(theirs(z.bfloat16(), t, context.bfloat16()).sample)
+    errors = []
+    for seed in range(8):  # of one input alone ours is 0.9 to 1.1 of theirs
+        z, t, context = rand(2, 4, 8, 8, seed=seed), INPUTS[1], rand(2, 7, 32, seed=100 + seed)
+        right = exact(z, t, context)
+        outs = ours(z, t, context), theirs(z.bfloat16(), t, context.bfloat16()).sample
+        errors.append([(out.float() - right).square().mean() for out in outs])
+    mine, diffusers = torch.tensor(errors).mean(dim=0).sqrt()
+    assert mine <= 1.1 * diffusers
 
 
 class Count:
