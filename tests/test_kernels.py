@@ -14,6 +14,7 @@ INPUTS = rand(2, 4, 8, 8), torch.tensor([999, 19]), rand(2, 7, 32, seed=1)
 
 
 def new_unet():
+    torch.manual_seed(0)
     return randomize(UNet(UNetConfig(**UNET))).eval().requires_grad_(False)
 
 
@@ -119,10 +120,12 @@ def test_a_weight_that_changes_is_packed_anew(pair, change):
 
 
 def test_a_prepared_network_in_another_precision_follows(pair):
-    plain, prepared = (network.bfloat16() for network in pair)
-    agree(prepared(*INPUTS).float(), plain(*INPUTS).float(), 0.02)
+    exact = pair[0](*INPUTS)
+    outs = [network.bfloat16()(*INPUTS).float() for network in pair]
+    one, two = ((out - exact).square().mean().sqrt() for out in outs)
+    assert 0 < two <= 1.3 * one  # bf16's own error, each with its own rounding
     assert any(m.packed[1] is not None and m.packed[0][2] == torch.bfloat16
-               for m in prepared.modules() if hasattr(m, "pack"))
+               for m in pair[1].modules() if hasattr(m, "pack"))
 
 
 def test_a_prepared_network_trains_as_ever(pair):
