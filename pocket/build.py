@@ -57,7 +57,7 @@ from lcm_solver import NoiseSchedule
 from pipeline import Pipeline, labelled_grid, save_png
 from reward import PocketReward
 from support import processes
-from support.cli import autocast, fast_attention, pick_precision, require, run
+from support.cli import autocast, fast_attention, pick_device, pick_precision, require, run
 from support.tokenizer import Tokenizer, write_tokenizer
 from support.weights import write_whole
 from text_encoder import TextConfig, TextEncoder, TextTower
@@ -363,8 +363,6 @@ def stage_clip(name, args):
         return loss_on(pictures, model.tokenize(prompts).to(args.device))
 
     fit(name, args, {"clip": (model.clip, 1.0)}, loss_of_step, 1e-3, ema=0.998, weight_decay=0.1)
-    if args.rank > 0:
-        return
     model.eval()
     model.save_pretrained(args.out / name, dtype=torch.float16)
     for split in ("heldout", "unseen"):
@@ -632,12 +630,12 @@ def main():
     parser.add_argument("--out", type=Path, default=POCKET, help="folder that becomes the pocket")
     parser.add_argument("--work", type=Path, default=POCKET / "state",
                         help="folder for the state of unfinished stages")
-    parser.add_argument("--device", type=torch.device,
-                        default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--scale", type=float, default=1.0,
                         help="multiplies every stage's number of steps (0.005: a rehearsal)")
     args = parser.parse_args()
     args.out, args.work = args.out.resolve(), args.work.resolve()
+    args.device = pick_device(args.device)
     args.precision = pick_precision("auto", args.device)
     args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.world > 1:

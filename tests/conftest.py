@@ -339,3 +339,14 @@ def lines_of(out):
 
 def log(out, *keys):
     return [tuple(line[key] for key in keys) for line in lines_of(out)]
+
+
+@pytest.fixture
+def proxied(scene, model_folder):
+    """A module's scene for distillation_loss with a latent proxy whose top trains; 2 rows are
+    compared."""
+    scene["args"].rm_batch, scene["args"].rm_tau, scene["args"].rm_tau_lrm = 2, 0.3, 0.2
+    from latent_rm import LatentRM
+    latent_rm = LatentRM.from_pretrained(model_folder / "latent_rm").train()
+    latent_rm.train_top(2, 3)
+    return scene | {"latent_rm": latent_rm}

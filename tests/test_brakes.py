@@ -12,7 +12,7 @@ import train
 from conftest import agree, launch, lines_of, log, rand, randomize
 from data import Shards
 from discriminator import Discriminator
-from latent_rm import LatentRM, preference_loss
+from latent_rm import preference_loss
 from lcm_solver import DDIMSolver
 from lora import W_PROJECTION, LoRA, sharing
 from pipeline import Pipeline
@@ -59,15 +59,6 @@ def scene(model_folder, shard):
         reward=load_reward(f"pocket={model_folder}"), solver=DDIMSolver(model.schedule, 50),
         batch=(torch.stack(images), list(captions), draws),
         args=train.Config(ddim_steps=50, w_min=0.2, w_max=0.6, reward_scale=0.7, reward_batch=3))
-
-
-@pytest.fixture
-def proxied(scene, model_folder):
-    """The scene with a latent proxy; 2 rows are compared."""
-    scene["args"].rm_batch, scene["args"].rm_tau, scene["args"].rm_tau_lrm = 2, 0.3, 0.2
-    latent_rm = LatentRM.from_pretrained(model_folder / "latent_rm").train()
-    latent_rm.train_top(2, 3)
-    return scene | {"latent_rm": latent_rm}
 
 
 def gradients(net, loss):

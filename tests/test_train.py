@@ -196,15 +196,6 @@ def test_only_the_student_gets_gradients(scene):
     assert all(p.grad is not None for p in scene["student"].parameters())
 
 
-@pytest.fixture
-def proxied(scene, model_folder):
-    """The scene with a latent proxy whose top trains; 3 rows are rewarded, 2 of them compared."""
-    scene["args"].rm_batch, scene["args"].rm_tau, scene["args"].rm_tau_lrm = 2, 0.3, 0.2
-    latent_rm = LatentRM.from_pretrained(model_folder / "latent_rm").train()
-    latent_rm.train_top(2, 3)
-    return scene | {"latent_rm": latent_rm}
-
-
 def gradients_of_top(latent_rm, loss):
     latent_rm.zero_grad()
     loss.backward()
