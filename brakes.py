@@ -148,8 +148,9 @@ class Averages(nn.Module):
 
     def learn(self, stats, args, world):
         """Add a step. stats: {name: mean over the passes of a step}, of which "scores" [3, parts]
-        (sums_of) is taken out."""
+        (sums_of) is taken out, and to which the step's beta is added."""
         scores, squares = stats.pop("scores"), stats["latent_grad"].clone()
+        stats["reward_scale"] = self.scale(args)
         processes.average([scores, squares], world)
         squares[1] /= stats["reward_scale"] ** 2
         self.scores.mul_(DECAY).add_(scores, alpha=args.grad_accum * world)

@@ -17,7 +17,7 @@ processes with as many pictures a step.
 """
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,124 +32,17 @@ import latent_rm as proxy
 import teacher_rm
 from discriminator import Discriminator
 from lcm_solver import DDIMSolver, consistency_function, huber
-from lora import LAYERS, LoRA, Update, sharing
+from lora import LoRA, Update, sharing
+from options import PRESETS, PUBLISHED, Config, check
 from pipeline import Pipeline, grid, merged, save_png
 from reward import Reward, load_reward
 from support import cli, flops, optimizers, processes, protocols, runs, watch
 from support.checkpoints import load_optimizer
-from support.cli import POCKET, at_least, option, parse, positive, require, run
+from support.cli import POCKET, parse, require, run
 from support.kernels import compile_blocks
 from unet import ResnetBlock, Transformer, UNet
 
 W_DIM = 256  # width of the guidance embedding
-
-# The published recipe, where it differs from the pocket's defaults below.
-PUBLISHED = {"resolution": 512, "steps": 10_000, "lr": 1e-6, "lr_schedule": "constant", "warmup": 1,
-             "ddim_steps": 50, "w_min": 5.0, "w_max": 15.0, "reward": "hpsv2.1",
-             "reward_scale": 1.0, "rm_batch": 16, "rm_tau": 0.01, "rm_tau_lrm": 0.01}
-ANY_SIZE = {"teacher": None, "data": None, "judge": None, "judge_prompts": None,
-            "grad_checkpoint": True, "workers": 8, "compile": torch.cuda.is_available()}
-PRESETS = {
-    "pocket": {},
-    "sd21": PUBLISHED | ANY_SIZE | {"out": "runs/sd21"},
-    "sd21-768": PUBLISHED | ANY_SIZE | {"out": "runs/sd21-768", "resolution": 768},
-    "sd15": PUBLISHED | ANY_SIZE | {"out": "runs/sd15"},  # for which none was published
-}
-
-
-@dataclass
-class Config(brakes.Options, runs.RunConfig):
-    preset: str = option(
-        "pocket", "values of all options that are not given (PRESETS in this file)",
-        choices=tuple(PRESETS), group=runs.TRAINING)
-    teacher: str | None = option(str(POCKET), "model folder of the teacher")
-    data: str | None = option(
-        str(POCKET / "data" / "train-*.tar"),
-        "shards: tars, a folder of them or of pictures, a glob, or {00000..01099}.tar",
-        several=True)
-    out: str = option("runs/pocket", "run folder; a run found there is resumed")
-    resolution: int = option(64, "side of the training pictures in pixels")
-    batch_size: int = option(16, "pictures per process in one pass")
-    grad_accum: int = option(1, "passes per optimizer step")
-    steps: int = option(300, "optimizer steps")
-    lr: float = option(1e-4, "peak learning rate")
-    warmup: int = option(20, "steps of warm-up")
-    ema: float = option(0.95, "decay of the target network")
-
-    ddim_steps: int = option(
-        10, "N, points of the solver's grid; the skip is 1000 / N", group="the method")
-    solver_substeps: int = option(1, "teacher steps between two grid points")
-    w_min: float = option(1.0, "smallest guidance weight: cond + w (cond - uncond)")
-    w_max: float = option(5.0, "largest guidance weight")
-    w_embed: bool = option(
-        True, "the student is told w; without, w is drawn for the solver alone, and the student "
-              "is one for any LCM pipeline")
-
-    lora: int | None = option(
-        None, "rank: train low-rank updates of the frozen teacher, not a copy of it",
-        group="LoRA students")
-    lora_alpha: float | None = option(
-        None, "updates are scaled by this over the rank; left out: the rank")
-    lora_layers: str = option(
-        "all", "all linear layers and convolutions of the blocks, or the attention's alone",
-        choices=tuple(LAYERS))
-
-    reward: str = option(
-        "pocket", "reward model or weighted sum of them (reward.py), or none for plain LCD",
-        group="the reward")
-    reward_scale: float = option(0.5, "beta: weight of the reward in the loss")
-    reward_batch: int = option(
-        16, "rows of a pass that are rewarded (and decoded, without --latent-rm)")
-
-    latent_rm: str | None = option(
-        None, "latent proxy reward model (LRM) to reward through; "
-              "--reward is the expert that it follows", group="the latent proxy")
-    rm_lr: float = option(3.3e-6, "learning rate of the LRM (as published; the pocket needs 1e-4)")
-    rm_batch: int = option(
-        8, "rows of a pass that the expert compares for the LRM, "
-           "three decoded pictures each: what that path costs")
-    rm_image_layers: int = option(2, "last blocks of the LRM's image tower that train")
-    rm_text_layers: int = option(5, "last blocks of the LRM's text tower that train")
-    rm_loss: str = option(
-        "kl", "divergence of the two preferences, or cross-entropy on the expert's choice",
-        choices=("kl", "ce"))
-    rm_privileged: bool = option(
-        False, "the LRM does not learn to prefer a generated picture to the real one, whatever the "
-               "expert says (--smooth_gt_label of the published code)")
-    rm_tau: float = option(
-        0.05, "temperature of the expert's scores, in their unit: "
-              "what counts as a clear difference")
-    rm_tau_lrm: float = option(0.05, "temperature of the LRM's scores, which are cosines")
-
-    optimizer: str = option(
-        "adamw", "adamw8bit: moments of 8 bits, which takes CUDA and the extra `8bit`",
-        choices=tuple(optimizers.KINDS), group=runs.MACHINE)
-    target_dtype: str = option(
-        "fp32", "numbers that hold the target network; bf16 is rounded at random, to the right "
-                "mean", choices=("fp32", "bf16"))
-    shard: bool = option(
-        False, "share out the student's and target's float32 weights, gradients and Adam's moments "
-               "over the processes (FSDP2)")
-    grad_checkpoint: bool = option(
-        False, "recompute the student's, the decoder's and the reward's activations "
-               "in the backward pass: less memory, 1.3x time")
-    log_every: int = option(10, "steps between lines of log.jsonl", group=runs.LOOKING)
-    norms_every: int = option(
-        100, "steps between measurements of the gradient of the distillation and of the reward "
-             "apart, each of which costs a pass without reward; 0: never")
-    sample_every: int = option(200, "steps between sample grids")
-    judge_every: int = option(
-        0, f"steps between looks for over-optimisation: the EMA student draws {watch.PROMPTS} "
-           "held-out prompts, reward and judge score them, and a line warns when the reward rises "
-           "while the judge falls; 0: never")
-    judge: str | None = option(
-        str(POCKET / "judge"), "the judge for that, of which training must not know: a folder of a "
-                               "CLIP like pocket/judge, or a reward (reward.py)")
-    judge_prompts: str | None = option(
-        str(POCKET / "data" / "heldout-*.tar"), "the prompts for that: shards or a file of prompts "
-                                                "(.txt, .tsv, .json, .jsonl)")
-    evaluate: bool = option(True, "end a run on the pocket with the comparison table")
-
 
 # ---------------------------------------------------------------------------------- the algorithm
 
@@ -175,8 +68,8 @@ def distillation_loss(
     -> loss (the sum of the student's, the LRM's and the discriminator's, which share no gradient),
        {name: detached scalar}: "loss", the student's; "reward", what the reward model gives to the
        student's pictures (with a latent_rm: to those that it compares; what is maximised is then
-       "rm_score"); "lcd_at" [2, N], L_LCD by_grid_point; and with a reward "latent_grad" [2], which
-       the backward pass fills (brakes.apart)
+       "rm_score"); "lcd_at" [2, N], L_LCD by_grid_point; "latent_grad" [2], which the backward
+       pass fills (brakes.apart)
     """
     tensors, captions, (posterior_noise, noise, u_w, u_s, *view) = batch
     schedule = solver.schedule
@@ -209,24 +102,14 @@ def distillation_loss(
     distance = huber(prediction, goal, dim=(1, 2, 3))  # [B]
     lcd = distance.mean()
 
-    # Rewards and comparisons cost decodes, so only the first rows of a pass get them.
-    rewarded, compared = slice(args.reward_batch), slice(args.rm_batch)
+    # R: of the decoded pictures, or through the latent proxy, which learns from the same rows
     score, rm_loss, stats = 0.0, 0.0, {}
     if latent_rm is not None:
-        text = latent_rm.text_features(captions[:max(args.reward_batch, args.rm_batch)])
-        score = latent_reward(model, latent_rm, rated[rewarded], text[rewarded])
-        candidates = {
-            "prediction": prediction.detach()[compared],
-            "ema": goal[compared],
-            "real": z[compared],
-        }
-        rm_loss, stats = proxy_loss(
-            model, latent_rm, reward, candidates, captions[compared], text[compared], args,
-            [draw[compared] for draw in view], averages)
-        stats["rm_score"] = score.detach()
+        candidates = {"prediction": prediction.detach(), "ema": goal, "real": z}
+        score, rm_loss, stats = proxy_reward(
+            model, latent_rm, reward, rated, candidates, captions, args, view, averages)
     elif reward is not None:
-        score, stats = direct_reward(model, reward, rated[rewarded], captions[rewarded], args,
-                                     [draw[rewarded] for draw in view], averages)
+        score, stats = direct_reward(model, reward, rated, captions, args, view, averages)
 
     beta = args.reward_scale if averages is None else averages.scale(args)
     loss = lcd - beta * score  # L = L_LCD - beta R (RG-LCD, eq. 8)
@@ -237,11 +120,8 @@ def distillation_loss(
         loss = loss + args.anchor * anchor
         stats |= {"anchor": anchor.detach(), "anchor_loss": anchor_loss.detach()}
     at = by_grid_point(distance.detach(), index, len(solver.timesteps))
-    if reward is not None or latent_rm is not None:
-        stats["latent_grad"] = squares
-        if averages is not None:
-            stats["reward_scale"] = beta
-    stats = {"lcd": lcd.detach()} | stats | {"loss": loss.detach(), "lcd_at": at}
+    stats = {"lcd": lcd.detach(), "loss": loss.detach()} | stats | {
+        "lcd_at": at, "latent_grad": squares}
     return loss + rm_loss + anchor_loss, stats
 
 
@@ -253,7 +133,8 @@ def by_grid_point(values, index, points):
 
 
 def direct_reward(model, reward, latents, captions, args, view=(), averages=None):
-    """R(decode(f), prompt): the reward of the decoded pictures (view, averages: brakes.score).
+    """R(decode(f), prompt): the reward of the decoded pictures (view, averages: brakes.score), of
+    the first --reward-batch alone, since each costs a decode.
 
     Scaled latents [B,4,h,w] -> mean score with gradient to them, {name: detached scalar}
 
@@ -261,6 +142,8 @@ def direct_reward(model, reward, latents, captions, args, view=(), averages=None
     only seen such. What is clamped gives no gradient: on the pocket's held-out prompts 24% of the
     pixels.
     """
+    rows = slice(args.reward_batch)
+    latents, captions, view = latents[rows], captions[rows], [draw[rows] for draw in view]
     if args.grad_checkpoint:  # picture by picture: the backward pass holds the activations of one
         images = torch.cat([
             checkpoint(model.decode, one, use_reentrant=False) for one in latents.split(1)])
@@ -275,6 +158,21 @@ def direct_reward(model, reward, latents, captions, args, view=(), averages=None
     if averages is not None:
         stats["scores"] = brakes.sums_of(plain)
     return score, stats
+
+
+def proxy_reward(
+        model, latent_rm, reward, latents, candidates, captions, args, view=(), averages=None):
+    """R_latent of the first --reward-batch latents [B,4,h,w], and what the proxy learns from the
+    first --rm-batch of the candidates (proxy_loss): each of those costs three decodes.
+    -> mean score, loss, {name: detached scalar}"""
+    text = latent_rm.text_features(captions[:max(args.reward_batch, args.rm_batch)])
+    rated = slice(args.reward_batch)
+    score = latent_reward(model, latent_rm, latents[rated], text[rated])
+    rows = slice(args.rm_batch)
+    candidates = {name: some[rows] for name, some in candidates.items()}
+    loss, stats = proxy_loss(model, latent_rm, reward, candidates, captions[rows], text[rows], args,
+                             [draw[rows] for draw in view], averages)
+    return score, loss, stats | {"rm_score": score.detach()}
 
 
 def latent_reward(model, latent_rm, latents, text):
@@ -534,45 +432,6 @@ def optimizer_step(networks, one_pass, optimizer, step, tensors, captions, draws
     return totals
 
 
-def check(args):
-    runs.check_preset(args, "teacher", "data")
-    brakes.check(args)
-    at_least(1, args, "batch_size", "grad_accum", "steps", "warmup", "reward_batch", "rm_batch",
-             "solver_substeps", "resolution", "checkpoint_every", "log_every", "sample_every",
-             "keep", "max_bad_steps")
-    at_least(0, args, "workers", "norms_every", "judge_every", "rm_image_layers",
-             "rm_text_layers")
-    require(args.judge_every == 0 or (args.judge and args.judge_prompts),
-            "--judge-every needs --judge and --judge-prompts, which training must not know")
-    require(args.ddim_steps >= 2,
-            f"--ddim-steps {args.ddim_steps}: expected 2 or more, the student's steps")
-    require(0 <= args.max_bad <= 1, f"--max-bad {args.max_bad}: expected 0 to 1")
-    positive(args, "lr", "max_grad_norm", "rm_lr", "rm_tau", "rm_tau_lrm")
-    if args.lora is not None:
-        at_least(1, args, "lora")
-        require(args.target_dtype == "fp32",
-                "--target-dtype bf16 with --lora: the target is a few megabytes; leave it out")
-    if args.lora_alpha is not None:
-        positive(args, "lora_alpha")
-    require(args.lora is not None or (args.lora_alpha is None and args.lora_layers == "all"),
-            "--lora-alpha, --lora-layers: of low-rank updates, and there are none; "
-            "give --lora RANK too")
-    require(0 <= args.ema < 1, f"--ema {args.ema}: expected 0 <= decay < 1")
-    require(args.w_min <= args.w_max, f"--w-min {args.w_min} is more than --w-max {args.w_max}")
-    require(args.optimizer == "adamw" or not args.shard,
-            f"--optimizer {args.optimizer} with --shard: its moments cannot be shared out; "
-            f"leave out one of the two")
-    given = replace(Config(), **PRESETS[args.preset])
-    idle = [f"--{name.replace('_', '-')}" for name, value in vars(args).items()
-            if name.startswith("rm_") and value != getattr(given, name)]
-    require(args.latent_rm is not None or not idle,
-            f"{', '.join(idle)}: of the latent proxy reward model, and there is none; "
-            f"give --latent-rm too")
-    require(args.latent_rm is None or args.reward != "none",
-            f"--latent-rm {args.latent_rm} with --reward none: "
-            f"a proxy needs an expert to follow; give one")
-
-
 def check_latents(args, shards, latent_rm, shape):
     """The latents of encoded shards and of the LRM must be those of this run: shape (4, h, w)."""
     require(not shards.encoded or shards.shape == (2, *shape),
@@ -592,9 +451,9 @@ def means_by_name(means, timesteps):
     L_LCD by timestep, and under "reward_ratio" how long the reward's gradient to the student's
     latents was for one of L_LCD."""
     sums, counts = means.pop("lcd_at").tolist()
-    lcd, reward = means.pop("latent_grad", torch.zeros(2)).tolist()
+    lcd, reward = means.pop("latent_grad").tolist()
     line = {name: value.item() for name, value in means.items()}
-    if lcd > 0:
+    if reward > 0:
         line["reward_ratio"] = (reward / lcd) ** 0.5
     points = zip(timesteps, sums, counts)
     line["lcd_at"] = {str(t): total / count for t, total, count in points if count > 0}
