@@ -24,6 +24,8 @@ of processes), and each prints what it reached:
     teacher    text encoder (first trained against latents) + UNet
     student    plain LCM as long as the default run, the shipped 2-step student (train.py), and
                results.json
+    fragile    (not among `all`) the reward without noise and blur in its training, which is easier
+               to exploit: for experiment.py, in --work
 
 Nothing but the judge's training sees the held-out pictures or captions before they are scored.
 """
@@ -66,8 +68,8 @@ from vae import VAE, VAEConfig
 
 VOCABULARY = 4096
 STEPS = {"vae": 10000, "judge": 2400, "reward": 2400, "text": 1000, "teacher": 8000,
-         "plain": 300, "student": 450}  # times --scale
-BATCH = {"vae": 8, "judge": 128, "reward": 128, "text": 128, "teacher": 128}
+         "plain": 300, "student": 450, "fragile": 2400}  # times --scale
+BATCH = {"vae": 8, "judge": 128, "reward": 128, "text": 128, "teacher": 128, "fragile": 128}
 # README's picture: words that a stranger knows at a glance
 SHOWN = ("red apple", "cat face", "rocket", "firefighter", "snowman", "desert island", "mushroom",
          "octopus")
@@ -339,10 +341,11 @@ CLIPS = {
                      "layers": 2},
     },
 }
+CLIPS["fragile"] = CLIPS["reward"]
 
 
 def stage_clip(name, args):
-    torch.manual_seed({"judge": 1, "reward": 2}[name])
+    torch.manual_seed({"judge": 1, "reward": 2, "fragile": 4}[name])
     tokenizer = Tokenizer.from_pretrained(args.out / "tokenizer")
     model = PocketReward(CLIPS[name], tokenizer).to(args.device)
     # The judge takes part in no loss: it may know what the pictures it judges should look like.
@@ -358,13 +361,16 @@ def stage_clip(name, args):
 
     def loss_of_step(step, generator):
         chosen = torch.randperm(len(images), generator=generator)[:BATCH[name]]
-        pictures = spoil(warp(images[chosen], generator), generator).to(args.device)
+        pictures = warp(images[chosen], generator)
+        if name != "fragile":
+            pictures = spoil(pictures, generator)
         prompts = vary([captions[i] for i in chosen], random.Random(step))
-        return loss_on(pictures, model.tokenize(prompts).to(args.device))
+        return loss_on(pictures.to(args.device), model.tokenize(prompts).to(args.device))
 
     fit(name, args, {"clip": (model.clip, 1.0)}, loss_of_step, 1e-3, ema=0.998, weight_decay=0.1)
     model.eval()
-    model.save_pretrained(args.out / name, dtype=torch.float16)
+    model.save_pretrained((args.work if name == "fragile" else args.out) / name,
+                          dtype=torch.float16)
     for split in ("heldout", "unseen"):
         images, captions = read_split(args.out, split)
         with torch.no_grad():
@@ -615,8 +621,8 @@ STAGES = {
     "reward": functools.partial(stage_clip, "reward"),
     "teacher": stage_teacher,
     "student": stage_student,
+    "fragile": functools.partial(stage_clip, "fragile"),
 }
-
 
 PARALLEL = {"vae", "teacher"}  # a contrast is within the whole batch: the CLIPs are not
 
@@ -641,7 +647,7 @@ def main():
     if args.world > 1:
         torch.distributed.init_process_group("gloo")
     args.work.mkdir(parents=True, exist_ok=True)
-    chosen = list(STAGES) if args.stages == "all" else args.stages.split(",")
+    chosen = [*STAGES][:-1] if args.stages == "all" else args.stages.split(",")
     if set(chosen) - set(STAGES):
         parser.error(f"--stages {args.stages}: expected some of {','.join(STAGES)}")
     if args.world > 1 and set(chosen) - PARALLEL:

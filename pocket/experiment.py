@@ -1,38 +1,46 @@
-"""What too much reward does to pictures, and what the latent proxy reward model (LRM) changes, on
-the pocket.
+"""How far a student can be pushed along a reward before it gets worse, by each path: on the pocket.
 
-    python pocket/experiment.py    # then the tables and the grid; 1.5 hours on 2 cores
-    python pocket/experiment.py --steps 450 --lr-schedule constant --scales 0.25,1,4 \\
-        --out runs/experiment-long
-    # an expert without gradient, so through the LRM alone
-    python pocket/experiment.py --expert jpeg --out runs/experiment-jpeg
+    python pocket/experiment.py                      # the pocket's reward
+    # the same without noise and blur in its training, which is easier to exploit
+    python pocket/build.py --stages fragile --work runs/state
+    python pocket/experiment.py --expert pocket=runs/state/fragile --third pocket \\
+        --paths direct,proxy,published --out runs/experiment-fragile
+    # an expert without gradient, so through proxies alone
+    python pocket/experiment.py --expert jpeg --paths proxy,features --scales 0.25,1,4 \\
+        --out runs/experiment-jpeg
 
-For each seed an LRM is pre-trained with the pocket reward's text tower, on warped training pictures
-with varied captions. Students are then distilled without reward, with direct reward and through the
-LRM at four reward scales, and through an LRM that is never fitted to the expert. Runs of one seed
-see the same pictures and noise for the same number of steps. Resumable: the same command goes on
-where it stopped.
+For each seed, students are distilled without reward, and by each path (PATHS) at several reward
+scales, long and at a constant rate. They are measured on the way, so that each path has a curve
+over the *amount of optimisation*, scale x steps. A path is told by what it reaches at its best, and
+by how far it falls when it is pushed four times as far: to compare paths at equal reward would
+punish the one that does not exploit it. Runs of one seed see the same pictures and noise.
+Resumable: the same command goes on where it stopped, and measures nothing twice.
 
 The measures, on 2-step pictures of the held-out prompts with the same noise for every student:
 
     expert           what training maximises
-    judge            what no training has seen
+    third            another reward, of which training knows nothing (--third)
+    judge            a CLIP that has seen the held-out pictures too, and takes part in no training
     distance         Frechet distance of the judge's features from those of the real held-out
                      pictures; mean over rounds of one picture a prompt, because it falls with the
                      number of pictures
+    recall           the share of real pictures that lie among the drawn ones, in the same features
+    diversity        mean distance of two pictures of one prompt, in the same features
     high frequency   energy above half the Nyquist frequency relative to the same prompt's real
                      picture after the VAE's round trip, median
     roughness        how far neighbouring pixels differ, median over what is flat white in the real
                      picture, in units of 1/255
-    follows          the share of pairs that the LRM ranked as the expert did, in the logged steps
-                     of the training's second half
+    follows          the share of pairs that the proxy ranked as the expert did, in the logged steps
+                     since the last look
 """
 import dataclasses
 import hashlib
 import io
 import json
+import math
 import random
 import re
+import shutil
 import sys
 import tarfile
 from dataclasses import dataclass
@@ -61,41 +69,59 @@ from support.cli import (
     run,
 )
 from support.drawn import draw_all
-from support.metrics import frechet_distance, high_frequency, roughness
+from support.metrics import covered, diversity, frechet_distance, high_frequency, roughness
 from support.runs import same_options
 from support.weights import WEIGHTS, write_whole
 from unet import UNet
+
+# {path: options of train.py}; LATENT_RM and TEACHER_RM: the folders of pre-trained proxies
+PROXY = ["--latent-rm", "LATENT_RM", "--rm-image-layers", 99, "--rm-text-layers", 0]
+PATHS = {
+    "direct": [],
+    "proxy": [*PROXY, "--rm-tau", 0.05],
+    # preferences as in the published code: CLIP's own temperature, the real picture privileged
+    "published": [*PROXY, "--rm-tau", 0.01, "--rm-tau-lrm", 0.01, "--rm-privileged"],
+    "never-fitted": ["--latent-rm", "LATENT_RM", "--rm-image-layers", 0, "--rm-text-layers", 0],
+    "features": ["--latent-rm", "TEACHER_RM", "--rm-image-layers", 99, "--rm-text-layers", 0],
+    "at-32": ["--reward-resolution", 32],
+    "at-24": ["--reward-resolution", 24],
+    "jitter": ["--reward-jitter", 0.05],
+    "weight-noise": ["--reward-weight-noise", 0.05],
+    "pull": ["--teacher-pull", 0.01],
+    "anchor": ["--anchor", 0.1],
+}
+KEYS = ("expert", "third", "judge", "distance", "recall", "diversity", "high frequency",
+        "roughness", "follows")
 
 
 @dataclass
 class Config:
     expert: str = option(
         "pocket", "reward model that training maximises (reward.py)", group="the runs")
-    judge: str = option(f"pocket={POCKET / 'judge'}", "another CLIP, that no training sees")
+    paths: str = option("direct,proxy,features", f"some of {', '.join(PATHS)}")
     scale: float = option(0.5, "reward scale 1x")
-    scales: str = option("0.25,1,4,16", "times that")
+    scales: str = option("1,4,16", "times that")
     seeds: int = option(3, "runs of each setting")
-    steps: int = option(150, "optimizer steps of a run")
-    lr_schedule: str = option("cosine", "of the runs, after the warm-up",
-                              choices=("constant", "cosine"))
+    looks: str = option("100,200,400", "steps at which students are measured; the last one ends")
     batch_size: int = option(16, "pictures a step, all rewarded")
-    copies: int = option(8, "warped copies of each training picture for the LRM's pre-training")
-    rm_steps: int = option(400, "steps of the LRM's pre-training")
+    copies: int = option(2, "warped copies of each training picture for the proxies' pre-training")
+    rm_steps: int = option(400, "steps of the proxies' pre-training")
     rm_batch: int = option(8, "rows a step that the expert compares")
-    rm_lr: float = option(1e-4, "learning rate of the LRM while it follows the expert, "
-                                "with all blocks of its image tower")
-    rm_tau: float = option(0.05, "temperature of the expert's scores")
-    guidance: float = option(3.0, "w of the pictures", group="the pictures")
+    rm_lr: float = option(1e-4, "learning rate of a proxy while it follows the expert")
+    judge: str = option(f"pocket={POCKET / 'judge'}", "another CLIP, which takes part in no "
+                                                      "training", group="the pictures")
+    third: str = option("none", "another reward, of which training knows nothing, or none")
+    guidance: float = option(3.0, "w")
     limit: int = option(256, "number of prompts")
     n: int = option(2, "pictures per prompt")
     device: str = option("auto", "auto, cpu or cuda", group="the machine")
     precision: str = option("auto", "arithmetic of the trainings; pictures are drawn in float32",
                             choices=("auto", "bf16", "fp32"))
-    out: str = option("runs/experiment", "folder for the runs, results.json and grid.png")
+    out: str = option("runs/experiment", "folder for the runs, results.json, and the figures")
 
 
-# What may differ when the command is repeated: the choice of runs, and how they are measured
-MAY_CHANGE = {"scales", "seeds", "judge", "guidance", "limit", "n", "device", "out"}
+# What may differ when the command is repeated: the choice of runs
+MAY_CHANGE = {"paths", "scales", "seeds", "device", "out"}
 
 
 # ---------------------------------------------------------------- measures
@@ -103,47 +129,43 @@ MAY_CHANGE = {"scales", "seeds", "judge", "guidance", "limit", "n", "device", "o
 class Measures:
     """Measures pictures for the held-out prompts against the real ones."""
 
-    def __init__(self, args, expert, device, dtype):
+    def __init__(self, args, rewards, device, dtype):
+        """rewards: {"expert": ..., "third": ...}, from pictures and prompts to scores"""
         shards = Shards(HELDOUT, 64)
-        pairs = shards.first(args.limit)
-        real, prompts = zip(*pairs)
-        self.args, self.expert, self.prompts = args, expert, list(prompts)
+        real, prompts = zip(*shards.first(args.limit))
+        self.args, self.prompts = args, list(prompts)
         self.real = torch.stack(real) / 2 + 0.5
         self.model = Pipeline.from_pretrained(str(POCKET), device, dtype)
-        self.judge = load_reward(args.judge, device)
-        require(hasattr(self.judge, "image_features"),
+        judge = load_reward(args.judge, device)
+        require(hasattr(judge, "image_features"),
                 f"--judge {args.judge}: has no image features for the Frechet distance; "
                 "expected a CLIP, such as pocket=FOLDER")
+        self.rewards = rewards | {"judge": judge}
         self.features = self.features_of(self.real)
         self.round_trip = self.model.round_trip(self.real)
 
     @torch.no_grad()
     def features_of(self, images):
         """The judge's unit features, [N,D] on the CPU."""
-        device = self.model.device
-        features = [self.judge.image_features(part.to(device)) for part in images.split(64)]
-        return torch.cat(features).cpu()
-
-    def score(self, rewarder, images):
-        """Mean score of n rounds of one picture per prompt."""
-        rounds = images.chunk(len(images) // len(self.real))
-        scores = [rewarder(part.to(self.model.device), self.prompts) for part in rounds]
-        return torch.cat(scores).mean().item()
+        judge, device = self.rewards["judge"], self.model.device
+        return torch.cat([judge.image_features(part.to(device)).cpu() for part in images.split(64)])
 
     @torch.no_grad()
     def __call__(self, images):
         """n rounds of one picture per prompt, [n*N,3,H,W] in [0,1] -> {measure: number}"""
         n = len(images) // len(self.real)
+        found = {}
+        for name, reward in self.rewards.items():
+            scores = [reward(part.to(self.model.device), self.prompts) for part in images.chunk(n)]
+            found[name] = torch.cat(scores).mean().item()
         features = self.features_of(images).chunk(n)
-        distances = [frechet_distance(part, self.features) for part in features]
+        found["distance"] = sum(frechet_distance(part, self.features) for part in features) / n
+        found["recall"] = sum(covered(self.features, by=part) for part in features) / n
+        if n > 1:
+            found["diversity"] = diversity(torch.stack(features, dim=1)).mean().item()
         frequencies = high_frequency(images) / high_frequency(self.round_trip).repeat(n)
-        return {
-            "expert": self.score(self.expert, images),
-            "judge": self.score(self.judge, images),
-            "distance": sum(distances) / n,
-            "high frequency": frequencies.median().item(),
-            "roughness": roughness(images, self.real),
-        }
+        return found | {"high frequency": frequencies.median().item(),
+                        "roughness": roughness(images, self.real)}
 
     def draw(self, folder, steps, solver, n):
         """n rounds of pictures by the UNet in `folder`, [n*N,3,64,64] in [0,1]."""
@@ -183,31 +205,63 @@ def warped_latents(folder, copies, *options):
     return folder / "encoded"
 
 
-def settings(args, latent_rm, differentiable):
-    """{name: options of train.py}. latent_rm: the run folder of its pre-training."""
-    def rewarded(times, *options):
-        return ["--reward", args.expert, "--reward-scale", args.scale * float(times), *options]
-
-    def proxied(times, layers):
-        return rewarded(times, "--latent-rm", latent_rm, "--rm-lr", args.rm_lr,
-                        "--rm-tau", args.rm_tau, "--rm-batch", args.rm_batch,
-                        "--rm-image-layers", layers, "--rm-text-layers", 0)
-
-    every = 99  # more layers than any LRM here has
-    scales = sorted(args.scales.split(","), key=float)
-    runs = {"plain": ["--reward", "none"]}
-    if differentiable:
-        runs |= {f"direct {times}x": rewarded(times) for times in scales}
-    runs |= {f"LRM {times}x": proxied(times, every) for times in scales}
-    return runs | {f"LRM {scales[-1]}x, never fitted": proxied(scales[-1], 0)}
+def proxies(args, out, seed, common):
+    """{placeholder in PATHS: run folder} of the pre-trained proxies that the chosen paths take."""
+    text = ["--text-tower", POCKET / "reward" / WEIGHTS, "--no-train-text"]
+    kinds = {"LATENT_RM": text, "TEACHER_RM": ["--backbone", "teacher"]}
+    needed = {word for path in args.paths.split(",") for word in PATHS[path] if word in kinds}
+    found = {}
+    for name in sorted(needed):
+        folder = found[name] = out / f"{name.lower()}-{seed}"
+        if not (folder / "latent_rm").is_dir():
+            latents = warped_latents(out / "warped", args.copies, *common)
+            python("latent_rm.py", "--data", latents, "--heldout", HELDOUT, "--out", folder,
+                   "--steps", args.rm_steps, "--seed", seed, *kinds[name], *common)
+    return found
 
 
-def follows(folder):
-    """The LRM's agreement with the expert in the second half of a run's log, if it has an LRM."""
+def settings(args, folders):
+    """{name of a run: (path, times, options of train.py)}, plain ones first. folders: proxies()"""
+    runs = {"plain": ("plain", 0, ["--reward", "none"])}
+    for path in args.paths.split(","):
+        own = [folders.get(word, word) for word in PATHS[path]]
+        if "--latent-rm" in own:
+            own += ["--rm-lr", args.rm_lr, "--rm-batch", args.rm_batch]
+        for times in sorted(args.scales.split(","), key=float):
+            reward = ["--reward", args.expert, "--reward-scale", args.scale * float(times)]
+            runs[f"{path} {times}x"] = path, float(times), [*reward, *own]
+    return runs
+
+
+def follows(folder, after, until):
+    """The proxy's agreement with the expert in the log's lines of these steps, if it has one."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    second_half = lines[len(lines) // 2:]
-    shares = [line["rm_accuracy"] for line in second_half if "rm_accuracy" in line]
+    shares = [line["rm_accuracy"] for line in lines
+              if after < line["step"] <= until and "rm_accuracy" in line]
     return {"follows": sum(shares) / len(shares)} if shares else {}
+
+
+def measured(folder, options, measures, args, common):
+    """Distil a student in `folder` and measure it at each look -> {step: measures}. The looks are
+    kept in looks.json, the pictures of the last one in last.png."""
+    file = folder / "looks.json"
+    if file.is_file():
+        return {int(step): found for step, found in json.loads(file.read_text()).items()}
+    looks = steps_of(args)
+    python("train.py", "--out", folder, "--steps", looks[-1], "--lr-schedule", "constant",
+           "--batch-size", args.batch_size, "--reward-batch", args.batch_size, "--no-evaluate",
+           "--checkpoint-every", math.gcd(*looks),
+           "--keep", looks[-1], "--sample-every", looks[-1], *common, *options)
+    found, before = {}, 0
+    for step in looks:
+        student = folder / f"checkpoints/step-{step:06d}/unet_target"
+        images = measures.draw(student, 2, "lcm", args.n)
+        found[step] = measures(images) | follows(folder, before, step)
+        before = step
+    save_png(grid(images[:12], 12), folder / "last.png")
+    write_whole(file, json.dumps(found, indent=1))
+    shutil.rmtree(folder / "checkpoints")  # gigabytes, over all runs
+    return found
 
 
 def fingerprint():
@@ -221,24 +275,31 @@ def fingerprint():
 
 # ---------------------------------------------------------------- report
 
-def at_equal_reward(results, name, key):
-    """For each seed of the LRM setting `name`: its measure `key` minus that of direct reward at the
-    same expert's score -> list, without the seeds whose score the direct runs do not reach.
+def curve(results, path):
+    """results: {name: {"path", "times", "seeds": [{step: measures}]}} -> [(amount, step, [measures
+    of each seed])] of a path's points, by amount, which is times x step."""
+    points = [(run["times"] * step, step, [seed[step] for seed in run["seeds"]])
+              for run in results.values() if run["path"] == path for step in run["seeds"][0]]
+    return sorted(points, key=lambda point: point[:2])
 
-    Direct reward's measure is read off the line through that seed's direct runs, from plain to the
-    scale with the best score. Beyond that one, more scale only harms."""
-    direct = [rows for other, rows in results.items()  # by scale
-              if other == "plain" or other.startswith("direct")]
-    differences = []
-    for seed, row in enumerate(results[name]):
-        curve = [rows[seed] for rows in direct]
-        best = max(range(len(curve)), key=lambda i: curve[i]["expert"])
-        for low, high in zip(curve[:best], curve[1:best + 1]):
-            if low["expert"] <= row["expert"] <= high["expert"]:
-                share = (row["expert"] - low["expert"]) / (high["expert"] - low["expert"])
-                differences.append(row[key] - low[key] - share * (high[key] - low[key]))
-                break
-    return differences
+
+def mean(rows, key):
+    return sum(row[key] for row in rows) / len(rows)
+
+
+def at_best(results, path):
+    """What a path reaches -> {"amount", "step"} of the point with the best judge's score, by the
+    mean over seeds; of each measure the list of its differences, seed by seed, to plain
+    distillation as long; and "fall": what the judge loses of that score, seed by seed, at the first
+    amount that is at least four times as large, or an empty list if none was tried."""
+    points = curve(results, path)
+    amount, step, rows = max(points, key=lambda point: mean(point[2], "judge"))
+    plain = [seed[step] for seed in results["plain"]["seeds"]]
+    gains = {key: [ours[key] - theirs[key] for ours, theirs in zip(rows, plain)]
+             for key in KEYS if key in rows[0] and key in plain[0]}
+    pushed = next((there for further, _, there in points if further >= 4 * amount), [])
+    fall = [there["judge"] - here["judge"] for there, here in zip(pushed, rows)]
+    return {"amount": amount, "step": step, "gains": gains, "fall": fall}
 
 
 def cell(values, sign=""):
@@ -257,33 +318,82 @@ def table(rows, head):
 
 
 def report(references, results):
-    """{name: one dict of measures a seed}, twice -> the tables, mean ± standard deviation over
-    seeds."""
-    keys = ["expert", "judge", "distance", "high frequency", "roughness", "follows"]
+    """references: {name: measures} -> the tables, mean ± standard deviation over seeds."""
+    keys = [key for key in KEYS if any(key in row for run in results.values()
+                                       for seed in run["seeds"] for row in seed.values())]
+    paths = list(dict.fromkeys(run["path"] for run in results.values()))
+    body = [[name, "", *(cell([row[key]] if key in row else []) for key in keys)]
+            for name, row in references.items()]
+    for path in paths:
+        for amount, step, rows in curve(results, path):
+            body.append([path, f"{amount:g} ({step} steps)",
+                         *(cell([row[key] for row in rows if key in row]) for key in keys)])
+    lines = table(body, ["scale x steps", *keys])
+    lines += ["", "Each path where the judge likes it best, less plain distillation as long, and "
+              "what the judge then loses at four times the amount:", ""]
     body = []
-    for name, rows in (references | results).items():
-        body.append([name, *(cell([row[key] for row in rows if key in row]) for key in keys)])
-    lines = table(body, keys)
-    if any(name.startswith("direct") for name in results):
-        compared = keys[1:5]  # not the expert's score, which is held equal, nor what only LRMs have
-        body = []
-        for name in results:
-            if name.startswith("LRM"):
-                row = [at_equal_reward(results, name, key) for key in compared]
-                body.append([name, *(cell(found, "+") for found in row), str(len(row[0]))])
-        title = ("At the same expert's score, LRM minus direct, "
-                 "of the seeds in which direct runs come to that score:")
-        lines += ["", title, "", *table(body, [*compared, "seeds"])]
-    return "\n".join(lines)
+    for path in paths[1:]:
+        best = at_best(results, path)
+        body.append([path, f"{best['amount']:g} ({best['step']} steps)",
+                     *(cell(best["gains"].get(key, []), "+") for key in keys[:-1]),
+                     cell(best["fall"], "+") or "not tried"])
+    return "\n".join([*lines, *table(body, ["scale x steps", *keys[:-1], "fall"])])
+
+
+def draw_curves(results, file):
+    """The figure: judge, third reward, expert and distance over the amount of optimisation."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    first = results["plain"]["seeds"][0]
+    keys = [key for key in ("judge", "third", "expert", "distance") if key in [*first.values()][-1]]
+    figure, axes = plt.subplots(1, len(keys), figsize=(3.4 * len(keys), 3.2), squeeze=False)
+    paths = list(dict.fromkeys(run["path"] for run in results.values()))[1:]
+    for axis, key in zip(axes[0], keys):
+        plain = [seed[step][key] for seed in results["plain"]["seeds"] for step in seed]
+        axis.axhspan(min(plain), max(plain), color="0.9", label="plain")
+        for path in paths:
+            best = {}  # of several ways to one amount, the one with more steps
+            for amount, _, rows in curve(results, path):
+                best[amount] = torch.tensor([row[key] for row in rows])
+            means = [values.mean().item() for values in best.values()]
+            spread = [values.std().item() if len(values) > 1 else 0 for values in best.values()]
+            axis.errorbar([*best], means, spread, label=path, capsize=2, linewidth=1.2)
+        axis.set(title=key, xlabel="reward scale x steps", xscale="log")
+    axes[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def steps_of(args):
+    return sorted(int(look) for look in args.looks.split(","))
 
 
 def check(args):
-    at_least(1, args, "seeds", "steps", "copies", "rm_steps", "rm_batch", "n")
-    at_least(2, args, "limit", "batch_size")
-    positive(args, "rm_lr", "rm_tau")
+    at_least(1, args, "seeds", "copies", "rm_steps", "rm_batch", "n")
+    at_least(2, args, "batch_size")
+    at_least(5, args, "limit")  # recall is about third neighbours
+    positive(args, "rm_lr")
     require(re.fullmatch(r"\d*\.?\d+(,\d*\.?\d+)*", args.scales),
             f"--scales {args.scales}: expected numbers such as 1,4,16")
+    require(re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", args.looks),
+            f"--looks {args.looks}: expected steps such as 100,200,400")
+    unknown = [path for path in args.paths.split(",") if path not in PATHS]
+    require(not unknown, f"--paths {args.paths}: {', '.join(unknown)} unknown; "
+                         f"expected some of {', '.join(PATHS)}")
     require(args.expert != "none", "--expert none: expected a reward model (reward.py)")
+
+
+def load_rewards(args, device):
+    """{"expert": ..., "third": ...}; refuses paths that the expert cannot go."""
+    expert = load_reward(args.expert, device)
+    blocked = [path for path in args.paths.split(",") if "--latent-rm" not in PATHS[path]]
+    require(expert.differentiable or not blocked,
+            f"--expert {args.expert}: gives no gradient; --paths {','.join(blocked)} follow it, "
+            "give paths through a proxy alone")
+    third = {} if args.third == "none" else {"third": load_reward(args.third, device)}
+    return {"expert": expert} | third
 
 
 def record(args, out):
@@ -300,40 +410,27 @@ def main():
     device = pick_device(args.device)
     # what "auto" chose is kept when the runs go on elsewhere
     args.precision = precision_name(pick_precision(args.precision, device))
-    expert = load_reward(args.expert, device)
-    out = make_folder(args.out)
     common = ["--device", args.device, "--precision", args.precision]
+    rewards = load_rewards(args, device)
+    out = make_folder(args.out)
     # in float32, because bf16's steps near white would hide roughness
-    measures = Measures(args, expert, device, torch.float32)
+    measures = Measures(args, rewards, device, torch.float32)
     record(args, out)
 
-    results, rows = {}, [measures.round_trip[:12]]
+    results = {}
     for seed in range(args.seeds):
-        latent_rm = out / f"latent_rm-seed{seed}"
-        if not (latent_rm / "latent_rm").is_dir():
-            latents = warped_latents(out / "warped", args.copies, *common)
-            python("latent_rm.py", "--data", latents, "--heldout", HELDOUT, "--out", latent_rm,
-                   "--steps", args.rm_steps, "--seed", seed,
-                   "--text-tower", POCKET / "reward" / WEIGHTS, "--no-train-text", *common)
-        for name, options in settings(args, latent_rm, expert.differentiable).items():
-            folder = out / f"{name.replace(',', '').replace(' ', '-')}-seed{seed}"
-            if not (folder / "unet_target").is_dir():
-                python("train.py", "--out", folder, "--steps", args.steps,
-                       "--lr-schedule", args.lr_schedule, "--batch-size", args.batch_size,
-                       "--reward-batch", args.batch_size, "--seed", seed, "--no-evaluate",
-                       *common, *options)
-            images = measures.draw(folder / "unet_target", 2, "lcm", args.n)
-            results.setdefault(name, []).append(measures(images) | follows(folder))
-            if seed == 0:
-                rows.append(images[:12])
-    references = {name: [measures(images)] for name, images in measures.references().items()}
+        folders = proxies(args, out, seed, common)
+        for name, (path, times, options) in settings(args, folders).items():
+            folder = out / f"{name.replace(' ', '-')}-{seed}"
+            looks = measured(folder, [*options, "--seed", seed], measures, args, common)
+            run = results.setdefault(name, {"path": path, "times": times, "seeds": []})
+            run["seeds"].append(looks)
+    references = {name: measures(images) for name, images in measures.references().items()}
     print(report(references, results))
     document = {"references": references, "results": results}
     write_whole(out / "results.json", json.dumps(document, indent=1))
-    names = ", ".join(["real, through the VAE", *results])
-    save_png(grid(torch.cat(rows), len(rows[0])), out / "grid.png", rows=names)
-    print(f"\n{out / 'grid.png'}: rows are real pictures through the VAE, {', '.join(results)}\n"
-          f"{out / 'results.json'}")
+    draw_curves(results, out / "curves.png")
+    print(f"\n{out / 'curves.png'}  {out / 'results.json'}")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,12 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
+import train
 from conftest import ROOT, call
 from data import Shards
+from support.cli import parse
 from support.weights import InputError
 
 sys.path.insert(0, str(ROOT / "pocket"))
@@ -14,50 +17,57 @@ import experiment
 
 
 def test_measures_of_several_rounds_are_the_means_over_rounds():
+    brightness = lambda images, prompts: images.mean(dim=(1, 2, 3))
     measures = experiment.Measures(
-        experiment.Config(limit=6), lambda images, prompts: images.mean(dim=(1, 2, 3)),
-        torch.device("cpu"), torch.float32)
+        experiment.Config(limit=6), {"expert": brightness}, torch.device("cpu"), torch.float32)
     rounds = [measures.round_trip, measures.round_trip.flip(0)]
     one, other = map(measures, rounds)
     both = measures(torch.cat(rounds))
-    for key in ("expert", "judge", "distance"):
+    for key in ("expert", "judge", "distance", "recall"):
         assert both[key] == pytest.approx((one[key] + other[key]) / 2, rel=1e-4)
+    assert both["diversity"] > 0 and "diversity" not in one
+    assert measures(torch.cat(rounds[:1] * 2))["diversity"] == pytest.approx(0, abs=1e-4)
 
 
-def test_lrm_is_compared_with_direct_reward_at_equal_reward():
-    row = lambda expert, judge: [{"expert": expert, "judge": judge}]
-    results = {
-        "plain": row(0.4, 0.5),
-        "direct 1x": row(0.5, 0.6),
-        "direct 4x": row(0.7, 0.4),
-        "direct 16x": row(0.45, 0.1),  # ruined
-        "LRM 1x": row(0.6, 0.7),
-        "LRM 4x": row(0.8, 0.7),
-        "LRM 16x": row(0.45, 0.5),
-    }
-
-    def gain(name):
-        return experiment.at_equal_reward(results, name, "judge")
-
-    assert gain("LRM 1x") == pytest.approx([0.2])  # direct at 0.6: 0.5
-    assert gain("LRM 4x") == []  # direct never reached it
-    assert gain("LRM 16x") == pytest.approx([-0.05])  # 0.55, between plain and 1x
-    others = dict.fromkeys(("distance", "high frequency", "roughness"), 0.0)
-    whole = {name: [r | others for r in rows] for name, rows in results.items()}
-    lines = experiment.report({}, whole).splitlines()
-    assert "| LRM 1x | +0.200 | +0.000 | +0.000 | +0.000 | 1 |" in lines
-    assert "| LRM 4x |  |  |  |  | 0 |" in lines
-    assert "| LRM 1x | 0.600 | 0.700 | 0.000 | 0.000 | 0.000 |  |" in lines
+def run_of(path, times, *seeds):
+    """seeds: {step: judge's score}; the expert likes each twice as much."""
+    return {"path": path, "times": times, "seeds": [
+        {step: {"judge": judge, "expert": 2 * judge} for step, judge in seed.items()}
+        for seed in seeds]}
 
 
-def test_black_box_expert_has_no_direct_runs():
-    def names(differentiable):
-        return list(experiment.settings(experiment.Config(), "LRM", differentiable))
+RESULTS = {
+    "plain": run_of("plain", 0, {10: 0.5, 20: 0.4}, {10: 0.6, 20: 0.5}),
+    "direct 1x": run_of("direct", 1, {10: 0.5, 20: 0.7}, {10: 0.6, 20: 0.7}),
+    "direct 4x": run_of("direct", 4, {10: 0.6, 20: 0.5}, {10: 0.7, 20: 0.4}),
+    "proxy 1x": run_of("proxy", 1, {10: 0.5, 20: 0.6}, {10: 0.5, 20: 0.6}),
+}
 
-    proxied = ["LRM 0.25x", "LRM 1x", "LRM 4x", "LRM 16x", "LRM 16x, never fitted"]
-    direct = ["direct 0.25x", "direct 1x", "direct 4x", "direct 16x"]
-    assert names(True) == ["plain", *direct, *proxied]
-    assert names(False) == ["plain", *proxied]
+
+def test_a_paths_points_stand_by_the_amount_of_optimisation():
+    amounts = [(amount, step) for amount, step, _ in experiment.curve(RESULTS, "direct")]
+    assert amounts == [(10, 10), (20, 20), (40, 10), (80, 20)]
+
+
+def test_a_path_is_told_by_its_best_over_plain_as_long_and_by_its_fall_beyond():
+    best = experiment.at_best(RESULTS, "direct")
+    assert (best["amount"], best["step"]) == (20, 20)  # 0.70; the mean over seeds of 40 is 0.65
+    assert best["gains"]["judge"] == pytest.approx([0.3, 0.2])
+    assert best["gains"]["expert"] == pytest.approx([0.6, 0.4])
+    assert best["fall"] == pytest.approx([-0.2, -0.3])  # at 80
+    assert experiment.at_best(RESULTS, "proxy")["fall"] == []  # nothing was tried beyond
+    lines = experiment.report({"teacher": {"judge": 0.9, "expert": 1.0}}, RESULTS).splitlines()
+    assert "| teacher |  | 1.000 | 0.900 |" in lines
+    assert "| direct | 40 (10 steps) | 1.300 ± 0.141 | 0.650 ± 0.071 |" in lines
+    assert any(line.startswith("| direct | 20 (20 steps) | +0.500") and line.endswith(
+        "| -0.250 ± 0.071 |") for line in lines)
+    assert any(line.startswith("| proxy |") and line.endswith("| not tried |") for line in lines)
+
+
+def test_the_figure_is_drawn_of_whatever_was_measured(tmp_path):
+    experiment.draw_curves(RESULTS, tmp_path / "curves.png")
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.width > picture.height > 200
 
 
 def test_warped_pictures_keep_their_captions_labels_and_are_made_once(tmp_path, monkeypatch):
@@ -86,14 +96,26 @@ def test_warped_pictures_keep_their_captions_labels_and_are_made_once(tmp_path, 
         assert caption.removeprefix("a ").split(", ")[0] == colour
 
 
-def test_of_the_lrm_that_is_never_fitted_nothing_trains():
-    runs = experiment.settings(experiment.Config(rm_lr=0.5), "LRM", True)
-    value = lambda name, option: runs[name][runs[name].index(option) + 1]
-    assert value("LRM 16x, never fitted", "--rm-image-layers") == 0
-    assert value("LRM 16x, never fitted", "--rm-text-layers") == 0
-    assert value("LRM 16x", "--rm-image-layers") >= 4 and value("LRM 4x", "--rm-lr") == 0.5
-    assert value("direct 4x", "--reward-scale") == value("LRM 4x", "--reward-scale") == 2.0
-    assert "--latent-rm" not in runs["direct 4x"]
+def test_a_path_is_a_line_of_options_at_each_scale_and_plain_has_no_reward():
+    args = experiment.Config(paths="never-fitted,direct,features", scales="16,1,.5", rm_lr=0.5)
+    folders = {"LATENT_RM": "L", "TEACHER_RM": "T"}
+    runs = experiment.settings(args, folders)
+    names = [f"{path} {times}x" for path in args.paths.split(",") for times in (".5", "1", "16")]
+    assert list(runs) == ["plain", *names]
+    value = lambda name, option: runs[name][2][runs[name][2].index(option) + 1]
+    assert runs["plain"][2] == ["--reward", "none"]
+    assert runs["direct 16x"] == ("direct", 16, ["--reward", "pocket", "--reward-scale", 8.0])
+    assert value("never-fitted 16x", "--rm-image-layers") == 0
+    assert value("never-fitted 16x", "--latent-rm") == "L"
+    assert value("features 1x", "--latent-rm") == "T" and value("features 1x", "--rm-lr") == 0.5
+
+
+def test_every_paths_options_are_options_of_train():
+    args = experiment.Config(paths=",".join(experiment.PATHS), scales="1")
+    for _, _, options in experiment.settings(args, {}).values():
+        config = parse(train.Config(), "", list(map(str, options)), presets=train.PRESETS,
+                       published=train.PUBLISHED)
+        train.check(config)
 
 
 @pytest.mark.parametrize("scales", ["1..2", "1,,4", "much", "1,4,"])
@@ -105,57 +127,54 @@ def test_scales_that_are_no_numbers_are_one_line_and_exit_code_2(scales, tmp_pat
 
 @pytest.mark.parametrize("options, word", [
     (("--rm-lr", 0), "--rm-lr 0"),
-    (("--rm-tau", -1), "--rm-tau -1"),
     (("--rm-batch", 0), "--rm-batch 0"),
     (("--expert", "none"), "--expert none"),
+    (("--paths", "direct,sideways"), "sideways unknown"),
+    (("--looks", "0,2"), "--looks 0,2"),
+    (("--expert", "jpeg"), "--paths direct follow it"),
     (("--judge", "jpeg"), "--judge jpeg"),
     (("--judge", "pocket=/no/where"), "/no/where"),
 ])
 def test_what_no_run_could_use_is_refused_before_the_first_one_and_leaves_no_record(
         options, word, tmp_path, capsys):
-    assert call(experiment.main, "--device", "cpu", "--limit", 2, "--out", tmp_path, *options) == 2
+    assert call(experiment.main, "--device", "cpu", "--limit", 5, "--out", tmp_path, *options) == 2
     message = capsys.readouterr().err
     assert word in message and message.count("\n") == 1 and not (tmp_path / "config.json").exists()
 
 
-def test_record_refuses_other_runs_and_lets_the_measures_and_the_choice_of_runs_change(tmp_path):
+def test_record_refuses_other_runs_and_lets_the_choice_of_runs_change(tmp_path):
     experiment.record(experiment.Config(), tmp_path)
-    free = experiment.Config(judge="another", n=1, limit=8, seeds=5, scales="1", device="cuda:1",
-                             out="elsewhere")
+    free = experiment.Config(seeds=5, scales="1", paths="direct", device="cuda:1", out="elsewhere")
     experiment.record(free, tmp_path)
     for change, word in (
         ({"rm_lr": 1.0}, "rm_lr 0.0001 (now 1.0);"),
-        ({"steps": 1, "expert": "jpeg"}, "expert pocket (now jpeg), steps 150 (now 1);"),
+        ({"looks": "1", "expert": "jpeg"}, "expert pocket (now jpeg), looks 100,200,400 (now 1);"),
         ({"precision": "bf16"}, "precision auto (now bf16);"),
+        ({"n": 1}, "n 2 (now 1);"),  # the measures of earlier runs are kept
     ):
         with pytest.raises(InputError, match=re.escape(word)):
             experiment.record(experiment.Config(**change), tmp_path)
 
 
-def test_scales_are_taken_from_small_to_large():
-    runs = experiment.settings(experiment.Config(scales="16,1,.5"), "LRM", False)
-    assert list(runs) == ["plain", "LRM .5x", "LRM 1x", "LRM 16x", "LRM 16x, never fitted"]
-
-
-def test_follows_is_the_agreement_in_the_second_half_of_the_log(tmp_path):
+def test_follows_is_the_agreement_since_the_last_look(tmp_path):
     lines = [{"step": i, "rm_accuracy": share} for i, share in enumerate((0.1, 0.2, 0.5, 0.7))]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert experiment.follows(tmp_path) == {"follows": pytest.approx(0.6)}
-    (tmp_path / "log.jsonl").write_text('{"step": 1}\n')
-    assert experiment.follows(tmp_path) == {}
+    assert experiment.follows(tmp_path, 1, 3) == {"follows": pytest.approx(0.6)}
+    assert experiment.follows(tmp_path, 3, 9) == {}
 
 
 @pytest.mark.slow
 def test_experiment_runs_reports_and_resumes(tmp_path, capsys):
     options = [
-        "--expert", "jpeg", "--seeds", 1, "--steps", 2, "--batch-size", 2, "--rm-steps", 2,
-        "--copies", 1, "--limit", 12, "--n", 1, "--device", "cpu", "--out", tmp_path]
+        "--expert", "jpeg", "--paths", "proxy,features", "--seeds", 1, "--looks", "1,2",
+        "--batch-size", 2, "--scales", "1,4", "--rm-steps", 2, "--copies", 1, "--limit", 12,
+        "--n", 1, "--device", "cpu", "--out", tmp_path]
     times = lambda: {p: p.stat().st_mtime for p in tmp_path.rglob("*.safetensors")}
     assert call(experiment.main, *options) == 0
     first, written = capsys.readouterr().out, times()
-    assert "| LRM 16x, never fitted |" in first and "| real pictures |" in first
-    assert (tmp_path / "grid.png").is_file()
+    assert "| features | 8 (2 steps) |" in first and "| real pictures |" in first
+    assert (tmp_path / "curves.png").is_file() and not [*tmp_path.glob("*/checkpoints")]
     assert call(experiment.main, *options) == 0
     assert capsys.readouterr().out == first and times() == written
-    assert call(experiment.main, *options, "--steps", 3) == 2
-    assert "steps 2 (now 3)" in capsys.readouterr().err
+    assert call(experiment.main, *options, "--looks", "3") == 2
+    assert "looks 1,2 (now 3)" in capsys.readouterr().err

@@ -109,7 +109,7 @@ def test_only_the_judge_is_trained_on_what_is_held_out(monkeypatch, tmp_path):
 def test_all_stages_run_at_a_two_hundredth_of_their_length(tmp_path):
     """But the first, which takes the npm packages (test_emoji.py has its parts)."""
     made_up(tmp_path / "new/data", train=300, heldout=64, validation=16, unseen=8)
-    stages = [stage for stage in build.STAGES if stage != "data"]
+    stages = [stage for stage in build.STAGES if stage not in ("data", "fragile")]
     command = [sys.executable, POCKET / "build.py", "--out", tmp_path / "new", "--work",
                tmp_path / "state", "--scale", "0.005"]
     done = subprocess.run([*command, "--stages", ",".join(stages)], capture_output=True, text=True)
