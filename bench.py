@@ -448,7 +448,7 @@ def count_of(networks, args, passes):
         if n.reward is not None:  # else it looks whether the numbers are in [0, 1]
             n.reward.forward = lambda images, prompts: n.reward.score(
                 images, n.reward.encode(prompts))
-        trained, target, *_ = n.trained().values()
+        trained, target = n.pair
         for batch, grad_checkpoint in passes:
             call = one_pass(n, args, batch, grad_checkpoint)
             found[batch, grad_checkpoint] = memory.count(

@@ -139,7 +139,7 @@ class Averages(nn.Module):
     def scale(self, args):
         """beta. --reward-ratio R: R |grad L_LCD| / |grad R|, both to the student's latents, from
         the steps before; nothing goes back through the UNet twice. (The adaptive weight of VQGAN,
-        arXiv 2012.09841, eq. 7, which stops at 1e4 too.)"""
+        arXiv 2012.09841, eq. 7; its code stops at 1e4 too.)"""
         if args.reward_ratio is None:
             return self.squares.new_full((), args.reward_scale)
         lcd, reward = self.squares
@@ -169,8 +169,8 @@ def jittered(images, u, noise, strength):
     What comes in from outside repeats the edge.
 
     A reward that is climbed on one sharp ridge of its landscape falls off it; the mean over small
-    changes of the picture is flatter (RSA-FT, arXiv 2603.21175, which changes the generated
-    pictures too; before it AugCLIP of FuseDream, arXiv 2112.01573)."""
+    changes of the picture is flatter (AugCLIP of FuseDream, arXiv 2112.01573; RSA-FT, arXiv
+    2603.21175, takes the worst of small changes, by the gradient, instead of the mean)."""
     x, y, zoom = (strength * (2 * u.float() - 1)).unbind(1)
     zero = torch.zeros_like(x)
     # the output's point p shows the input's at (1 + zoom) p + 2 (x, y), sides being 2 long
@@ -186,8 +186,8 @@ def shaken(network, args, step):
     """--reward-weight-noise: inside, each weight of the reward is w (1 + strength n), n unit normal
     and a function of seed and step alone; afterwards all are as they were. It holds them twice.
 
-    The gradient is then that of a flatter reward in the mean. (RSA-FT, arXiv 2603.21175, does so
-    with the weights of the generator; the reward's own are our variant.)"""
+    The gradient is then that of a flatter reward in the mean. (RSA-FT, arXiv 2603.21175, moves the
+    weights of the generator, against the gradient; noise in the reward's own is our variant.)"""
     if network is None or args.reward_weight_noise == 0:
         yield
         return

@@ -1,6 +1,7 @@
 """A discriminator on the frozen teacher's features, with real latents as an anchor for the
-student's distribution: train.py --anchor. (LADD, arXiv 2403.12015, section 3, and DMD2,
-arXiv 2405.14867, section 4.3, judge latents so, noised as the teacher knows them.)"""
+student's distribution: train.py --anchor. (LADD, arXiv 2403.12015, section 3, judges latents by
+such features, noised as the teacher knows them, but takes the teacher's own pictures for real.
+DMD2, arXiv 2405.14867, section 4.3, has real ones, by features of its fake score, which train.)"""
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -112,7 +112,7 @@ class DDIMSolver:
     @torch.no_grad()
     def solve(self, teacher, z_s, s, context, uncond_context, w, substeps=1):
         """Walk the teacher's ODE from s down to t = max(s - skip, 0), in `substeps` equal DDIM
-        steps, each with classifier-free guidance: the psi of LCM, eq. 13.
+        steps, each with classifier-free guidance: LCM's psi, for the ODE of its eq. 13.
 
         z_s [B,4,h,w], s [B], context [B,L,D], uncond_context [1,L,D] or [B,L,D], w a number or [B].
         -> z_t [B,4,h,w] float32, t [B]"""
@@ -140,7 +140,7 @@ def guided(teacher, z, t, context, uncond_context, w):
 
 def boundary_scalings(t, sigma_data=0.5, timestep_scaling=10.0):
     """timesteps [B] -> c_skip, c_out [B,1,1,1], with c_skip(0) = 1 and c_out(0) = 0
-    (LCM, appendix; consistency models, eq. 5)."""
+    (as in LCM's code; the form: consistency models, eq. 5)."""
     scaled = timestep_scaling * t.float().view(-1, 1, 1, 1)
     c_skip = sigma_data**2 / (scaled**2 + sigma_data**2)
     c_out = scaled / (scaled**2 + sigma_data**2).sqrt()

@@ -25,7 +25,7 @@ PRESETS = {
 @dataclass
 class Config(brakes.Options, runs.RunConfig):
     preset: str = option(
-        "pocket", "values of all options that are not given (PRESETS in this file)",
+        "pocket", "values of all options that are not given (PRESETS in options.py)",
         choices=tuple(PRESETS), group=runs.TRAINING)
     teacher: str | None = option(str(POCKET), "model folder of the teacher")
     data: str | None = option(

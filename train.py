@@ -97,13 +97,14 @@ def distillation_loss(
 
     latents = consistency_function(student, schedule, z_s, s, context, w)  # f(z_s, w, c, s)
     # the gradients of L_LCD and of the reward to it are measured apart
-    prediction, rated, squares = brakes.apart(latents)
+    prediction, rated, latent_grad = brakes.apart(latents)
     # L_LCD of each sample, the consistency of two neighbours on one trajectory
     distance = huber(prediction, goal, dim=(1, 2, 3))  # [B]
     lcd = distance.mean()
 
-    # R: of the decoded pictures, or through the latent proxy, which learns from the same rows
-    score, rm_loss, stats = 0.0, 0.0, {}
+    # R: of the decoded pictures, or through the proxy, which meanwhile learns from the expert
+    score = rm_loss = anchor_loss = 0.0
+    stats = {}
     if latent_rm is not None:
         candidates = {"prediction": prediction.detach(), "ema": goal, "real": z}
         score, rm_loss, stats = proxy_reward(
@@ -113,15 +114,13 @@ def distillation_loss(
 
     beta = args.reward_scale if averages is None else averages.scale(args)
     loss = lcd - beta * score  # L = L_LCD - beta R (RG-LCD, eq. 8)
-    anchor_loss = 0.0
-    if discriminator is not None:
+    if discriminator is not None:  # not in the paper: --anchor
         anchor, anchor_loss = discriminator.losses(
             teacher, solver, latents, z, noise, u_s, context)
         loss = loss + args.anchor * anchor
         stats |= {"anchor": anchor.detach(), "anchor_loss": anchor_loss.detach()}
-    at = by_grid_point(distance.detach(), index, len(solver.timesteps))
-    stats = {"lcd": lcd.detach(), "loss": loss.detach()} | stats | {
-        "lcd_at": at, "latent_grad": squares}
+    stats |= {"lcd": lcd.detach(), "loss": loss.detach(), "latent_grad": latent_grad,
+              "lcd_at": by_grid_point(distance.detach(), index, len(solver.timesteps))}
     return loss + rm_loss + anchor_loss, stats
 
 
@@ -165,13 +164,12 @@ def proxy_reward(
     """R_latent of the first --reward-batch latents [B,4,h,w], and what the proxy learns from the
     first --rm-batch of the candidates (proxy_loss): each of those costs three decodes.
     -> mean score, loss, {name: detached scalar}"""
+    rewarded, compared = slice(args.reward_batch), slice(args.rm_batch)
     text = latent_rm.text_features(captions[:max(args.reward_batch, args.rm_batch)])
-    rated = slice(args.reward_batch)
-    score = latent_reward(model, latent_rm, latents[rated], text[rated])
-    rows = slice(args.rm_batch)
-    candidates = {name: some[rows] for name, some in candidates.items()}
-    loss, stats = proxy_loss(model, latent_rm, reward, candidates, captions[rows], text[rows], args,
-                             [draw[rows] for draw in view], averages)
+    score = latent_reward(model, latent_rm, latents[rewarded], text[rewarded])
+    loss, stats = proxy_loss(
+        model, latent_rm, reward, {name: some[compared] for name, some in candidates.items()},
+        captions[compared], text[compared], args, [draw[compared] for draw in view], averages)
     return score, loss, stats | {"rm_score": score.detach()}
 
 
@@ -293,12 +291,18 @@ class Networks:
         made[1].requires_grad_(False)
         return made
 
-    def trained(self):
-        """{name of its folder: network} of what a checkpoint holds: what trains, its moving
-        average, and what else there is."""
-        found = {"unet": self.student, "unet_target": self.target}
+    @property
+    def pair(self):
+        """What trains of the student, all of it or its updates, and the moving average of that."""
         if hasattr(self.student, "lora"):
-            found = {"lora": self.student.lora, "lora_target": self.target.lora}
+            return self.student.lora, self.target.lora
+        return self.student, self.target
+
+    def trained(self):
+        """{name of its folder: network} of what a checkpoint holds: the pair, and what else there
+        is."""
+        name = "lora" if hasattr(self.student, "lora") else "unet"
+        found = dict(zip((name, f"{name}_target"), self.pair))
         more = {"latent_rm": self.latent_rm, "averages": self.averages,
                 "discriminator": self.discriminator}
         return found | {name: network for name, network in more.items() if network is not None}
@@ -386,7 +390,8 @@ def norm_of(tensors):
 def optimizer_step(networks, one_pass, optimizer, step, tensors, captions, draws, args, world):
     """One optimizer step: the mean gradient over its rows, AdamW, the EMA. -> {name: tensor} of
     what is logged, or None: its loss or gradient is not finite, and nothing has changed."""
-    weights, rm_weights, *more = (group["params"] for group in optimizer.param_groups)
+    # of the student, of the LRM, and of the discriminator if there is one
+    weights, *others = groups = [group["params"] for group in optimizer.param_groups]
     optimizer.zero_grad(set_to_none=True)
     lcd, due = None, args.norms_every > 0 and step % args.norms_every == 0
     if due and networks.reward is not None:
@@ -395,8 +400,8 @@ def optimizer_step(networks, one_pass, optimizer, step, tensors, captions, draws
     with brakes.shaken(networks.reward, args, step):
         totals = add_gradients(one_pass, tensors, captions, draws, args)
     if args.shard:
-        processes.average([p.grad for p in sum(more, rm_weights)], world)
-        processes.reshard([*networks.trained().values()][1])
+        processes.average([p.grad for group in others for p in group], world)
+        processes.reshard(networks.pair[1])
     if lcd is not None:
         totals["grad_norm/lcd"] = norm_of(lcd)
         torch._foreach_sub_(lcd, [p.grad for p in weights])
@@ -406,9 +411,7 @@ def optimizer_step(networks, one_pass, optimizer, step, tensors, captions, draws
 
     # Norms are 1.6 to 12 on the pocket, so this always shortens: every step enters AdamW's moments
     # with the same length, and one long gradient does not drown the others.
-    norms = {"grad_norm": weights, "rm_grad_norm": rm_weights}
-    if more:
-        norms["anchor_grad_norm"], = more
+    norms = dict(zip(("grad_norm", "rm_grad_norm", "anchor_grad_norm"), groups))
     for name, group in norms.items():
         if group:
             norm = torch.nn.utils.clip_grad_norm_(group, args.max_grad_norm)
@@ -424,7 +427,7 @@ def optimizer_step(networks, one_pass, optimizer, step, tensors, captions, draws
     optimizer.step()
     # target <- mu * target + (1 - mu) * student
     student, target = (processes.parts_here([p.detach() for p in network.parameters()])
-                       for network in [*networks.trained().values()][:2])
+                       for network in networks.pair)
     if args.target_dtype == "bf16":
         optimizers.lerp_rounded(target, student, 1 - args.ema, args.seed * 1_000_003 + step)
     else:
@@ -453,7 +456,7 @@ def means_by_name(means, timesteps):
     sums, counts = means.pop("lcd_at").tolist()
     lcd, reward = means.pop("latent_grad").tolist()
     line = {name: value.item() for name, value in means.items()}
-    if reward > 0:
+    if lcd > 0 and reward > 0:
         line["reward_ratio"] = (reward / lcd) ** 0.5
     points = zip(timesteps, sums, counts)
     line["lcd_at"] = {str(t): total / count for t, total, count in points if count > 0}
@@ -578,7 +581,7 @@ def distil(run, args, rank, world, device, dtype):
     check_latents(args, shards, networks.latent_rm, shape)
     run.know(networks.trained())
     if args.shard:
-        for network in [*networks.trained().values()][:2]:
+        for network in networks.pair:
             processes.shard(network, (ResnetBlock, Transformer, Update), device, world)
     networks.pull = brakes.teacher_pull(networks.student, networks.teacher, args, device)
     optimizer = new_optimizer(networks, args, run.newest, device)

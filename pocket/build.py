@@ -369,8 +369,11 @@ def stage_clip(name, args):
 
     fit(name, args, {"clip": (model.clip, 1.0)}, loss_of_step, 1e-3, ema=0.998, weight_decay=0.1)
     model.eval()
-    model.save_pretrained((args.work if name == "fragile" else args.out) / name,
-                          dtype=torch.float16)
+    out = args.out
+    if name == "fragile":  # a folder of its own that load_reward takes: pocket=FOLDER
+        out = args.work / name
+        tokenizer.save_pretrained(out / "tokenizer")
+    model.save_pretrained(out / ("judge" if name == "judge" else "reward"), dtype=torch.float16)
     for split in ("heldout", "unseen"):
         images, captions = read_split(args.out, split)
         with torch.no_grad():
@@ -647,7 +650,8 @@ def main():
     if args.world > 1:
         torch.distributed.init_process_group("gloo")
     args.work.mkdir(parents=True, exist_ok=True)
-    chosen = [*STAGES][:-1] if args.stages == "all" else args.stages.split(",")
+    every = [stage for stage in STAGES if stage != "fragile"]
+    chosen = every if args.stages == "all" else args.stages.split(",")
     if set(chosen) - set(STAGES):
         parser.error(f"--stages {args.stages}: expected some of {','.join(STAGES)}")
     if args.world > 1 and set(chosen) - PARALLEL:

@@ -4,23 +4,28 @@
     # the same without noise and blur in its training, which is easier to exploit
     python pocket/build.py --stages fragile --work runs/state
     python pocket/experiment.py --expert pocket=runs/state/fragile --third pocket \\
-        --paths direct,proxy,published --out runs/experiment-fragile
+        --paths direct,proxy,features --out runs/experiment-fragile
     # an expert without gradient, so through proxies alone
     python pocket/experiment.py --expert jpeg --paths proxy,features --scales 0.25,1,4 \\
-        --out runs/experiment-jpeg
+        --rm-tau 0.1 --rm-lr 3e-4 --out runs/experiment-jpeg
 
 For each seed, students are distilled without reward, and by each path (PATHS) at several reward
 scales, long and at a constant rate. They are measured on the way, so that each path has a curve
 over the *amount of optimisation*, scale x steps. A path is told by what it reaches at its best, and
 by how far it falls when it is pushed four times as far: to compare paths at equal reward would
-punish the one that does not exploit it. Runs of one seed see the same pictures and noise.
-Resumable: the same command goes on where it stopped, and measures nothing twice.
+punish the one that does not exploit it. All is told as the difference to plain distillation as long
+and of the same seed, which sees the same pictures and noise. Each seed's best is where the *other*
+seeds have theirs, so that it is not chosen for its own luck. Every step's gradient is shortened to
+the same length, so at large scales the reward has nearly all of it, and more scale adds little.
+
+Resumable: the same command goes on where it stopped, and measures no student twice.
 
 The measures, on 2-step pictures of the held-out prompts with the same noise for every student:
 
     expert           what training maximises
-    third            another reward, of which training knows nothing (--third)
-    judge            a CLIP that has seen the held-out pictures too, and takes part in no training
+    third            another reward (--third). Proxies have the text tower of the pocket's reward,
+                     so for them that one is not a stranger
+    judge            a CLIP that takes part in no training
     distance         Frechet distance of the judge's features from those of the real held-out
                      pictures; mean over rounds of one picture a prompt, because it falls with the
                      number of pictures
@@ -30,11 +35,12 @@ The measures, on 2-step pictures of the held-out prompts with the same noise for
                      picture after the VAE's round trip, median
     roughness        how far neighbouring pixels differ, median over what is flat white in the real
                      picture, in units of 1/255
-    follows          the share of pairs that the proxy ranked as the expert did, in the logged steps
-                     since the last look
+    follows          the share of pairs that the proxy ranked as the expert did, in the steps since
+                     the last look
 """
 import dataclasses
 import hashlib
+import importlib.util
 import io
 import json
 import math
@@ -78,7 +84,7 @@ from unet import UNet
 PROXY = ["--latent-rm", "LATENT_RM", "--rm-image-layers", 99, "--rm-text-layers", 0]
 PATHS = {
     "direct": [],
-    "proxy": [*PROXY, "--rm-tau", 0.05],
+    "proxy": PROXY,
     # preferences as in the published code: CLIP's own temperature, the real picture privileged
     "published": [*PROXY, "--rm-tau", 0.01, "--rm-tau-lrm", 0.01, "--rm-privileged"],
     "never-fitted": ["--latent-rm", "LATENT_RM", "--rm-image-layers", 0, "--rm-text-layers", 0],
@@ -108,6 +114,7 @@ class Config:
     rm_steps: int = option(400, "steps of the proxies' pre-training")
     rm_batch: int = option(8, "rows a step that the expert compares")
     rm_lr: float = option(1e-4, "learning rate of a proxy while it follows the expert")
+    rm_tau: float = option(0.05, "temperature of the expert's scores, where the path has none")
     judge: str = option(f"pocket={POCKET / 'judge'}", "another CLIP, which takes part in no "
                                                       "training", group="the pictures")
     third: str = option("none", "another reward, of which training knows nothing, or none")
@@ -210,26 +217,31 @@ def proxies(args, out, seed, common):
     text = ["--text-tower", POCKET / "reward" / WEIGHTS, "--no-train-text"]
     kinds = {"LATENT_RM": text, "TEACHER_RM": ["--backbone", "teacher"]}
     needed = {word for path in args.paths.split(",") for word in PATHS[path] if word in kinds}
-    found = {}
-    for name in sorted(needed):
-        folder = found[name] = out / f"{name.lower()}-{seed}"
+    found = {name: out / f"{name.lower()}-{seed}" for name in sorted(needed)}
+    for name, folder in found.items():
         if not (folder / "latent_rm").is_dir():
             latents = warped_latents(out / "warped", args.copies, *common)
             python("latent_rm.py", "--data", latents, "--heldout", HELDOUT, "--out", folder,
                    "--steps", args.rm_steps, "--seed", seed, *kinds[name], *common)
+            require((folder / "latent_rm").is_dir(), f"{folder}: the training was stopped before "
+                                                     "its end; repeat the command, which goes on")
+            shutil.rmtree(folder / "checkpoints")
     return found
 
 
 def settings(args, folders):
-    """{name of a run: (path, times, options of train.py)}, plain ones first. folders: proxies()"""
+    """{name of a run: (path, reward scale, options of train.py)}, the plain one first. folders:
+    proxies()"""
     runs = {"plain": ("plain", 0, ["--reward", "none"])}
     for path in args.paths.split(","):
         own = [folders.get(word, word) for word in PATHS[path]]
         if "--latent-rm" in own:
             own += ["--rm-lr", args.rm_lr, "--rm-batch", args.rm_batch]
-        for times in sorted(args.scales.split(","), key=float):
-            reward = ["--reward", args.expert, "--reward-scale", args.scale * float(times)]
-            runs[f"{path} {times}x"] = path, float(times), [*reward, *own]
+            own += [] if "--rm-tau" in own else ["--rm-tau", args.rm_tau]
+        for times in sorted(set(map(float, args.scales.split(",")))):
+            scale = args.scale * times
+            runs[f"{path} {times:g}x"] = path, scale, [
+                "--reward", args.expert, "--reward-scale", scale, *own]
     return runs
 
 
@@ -241,65 +253,87 @@ def follows(folder, after, until):
     return {"follows": sum(shares) / len(shares)} if shares else {}
 
 
-def measured(folder, options, measures, args, common):
-    """Distil a student in `folder` and measure it at each look -> {step: measures}. The looks are
-    kept in looks.json, the pictures of the last one in last.png."""
-    file = folder / "looks.json"
+def measured(folder, options, measures, args):
+    """Distil a student in `folder` with options of train.py and measure it at each look -> {step:
+    measures}, which looks.json keeps; last.png: pictures of the last one."""
+    file, options = folder / "looks.json", list(map(str, options))
     if file.is_file():
-        return {int(step): found for step, found in json.loads(file.read_text()).items()}
+        kept = json.loads(file.read_text())
+        require(kept["options"] == options,
+                f"{file} is of a run with {' '.join(kept['options'])}, and now it would be with "
+                f"{' '.join(options)}; remove the folder, or give another --out")
+        return {int(step): found for step, found in kept["looks"].items()}
     looks = steps_of(args)
-    python("train.py", "--out", folder, "--steps", looks[-1], "--lr-schedule", "constant",
-           "--batch-size", args.batch_size, "--reward-batch", args.batch_size, "--no-evaluate",
-           "--checkpoint-every", math.gcd(*looks),
-           "--keep", looks[-1], "--sample-every", looks[-1], *common, *options)
+    python("train.py", "--out", folder, "--steps", looks[-1], "--checkpoint-every",
+           math.gcd(*looks), "--keep", looks[-1], "--sample-every", looks[-1], *options)
     found, before = {}, 0
     for step in looks:
         student = folder / f"checkpoints/step-{step:06d}/unet_target"
+        require(student.is_dir(), f"{student} is not there: the training was stopped before its "
+                                  "end; repeat the command, which goes on")
         images = measures.draw(student, 2, "lcm", args.n)
         found[step] = measures(images) | follows(folder, before, step)
         before = step
     save_png(grid(images[:12], 12), folder / "last.png")
-    write_whole(file, json.dumps(found, indent=1))
+    write_whole(file, json.dumps({"options": options, "looks": found}, indent=1))
     shutil.rmtree(folder / "checkpoints")  # gigabytes, over all runs
     return found
 
 
-def fingerprint():
-    """Of the pocket's networks, so that runs from one edition are not taken for those from
-    another."""
+def fingerprint(rewards):
+    """Of the pocket's networks and of the rewards, so that what was made with others is not taken
+    for theirs."""
     digest = hashlib.sha256()
     for file in sorted([*POCKET.glob(f"*/{WEIGHTS}"), *POCKET.glob("*/model.safetensors")]):
         digest.update(file.read_bytes())
+    for reward in rewards.values():
+        for tensor in reward.state_dict().values():
+            digest.update(tensor.float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
 # ---------------------------------------------------------------- report
 
 def curve(results, path):
-    """results: {name: {"path", "times", "seeds": [{step: measures}]}} -> [(amount, step, [measures
-    of each seed])] of a path's points, by amount, which is times x step."""
-    points = [(run["times"] * step, step, [seed[step] for seed in run["seeds"]])
-              for run in results.values() if run["path"] == path for step in run["seeds"][0]]
-    return sorted(points, key=lambda point: point[:2])
+    """results: {name: {"path", "scale", "seeds": [{step: measures}]}} -> a path's points [(amount,
+    step, measures of each seed)] from the least amount, scale x step, to the greatest; of an amount
+    that is reached in several ways the one with the most steps. The measures are differences to
+    plain distillation as long, but "follows"; those of plain are as they are."""
+    plain, points = results["plain"]["seeds"], {}
+    for found in results.values():
+        if found["path"] == path:
+            for step in found["seeds"][0]:
+                rows = [seed[step] for seed in found["seeds"]]
+                if path != "plain":
+                    rows = [less(row, bare[step]) for row, bare in zip(rows, plain)]
+                amount = found["scale"] * step if path != "plain" else step
+                if step >= points.get(amount, (0, 0))[1]:
+                    points[amount] = amount, step, rows
+    return [points[amount] for amount in sorted(points)]
+
+
+def less(row, plain):
+    return {key: value - plain.get(key, 0) for key, value in row.items()}
 
 
 def mean(rows, key):
     return sum(row[key] for row in rows) / len(rows)
 
 
-def at_best(results, path):
-    """What a path reaches -> {"amount", "step"} of the point with the best judge's score, by the
-    mean over seeds; of each measure the list of its differences, seed by seed, to plain
-    distillation as long; and "fall": what the judge loses of that score, seed by seed, at the first
-    amount that is at least four times as large, or an empty list if none was tried."""
-    points = curve(results, path)
-    amount, step, rows = max(points, key=lambda point: mean(point[2], "judge"))
-    plain = [seed[step] for seed in results["plain"]["seeds"]]
-    gains = {key: [ours[key] - theirs[key] for ours, theirs in zip(rows, plain)]
-             for key in KEYS if key in rows[0] and key in plain[0]}
-    pushed = next((there for further, _, there in points if further >= 4 * amount), [])
-    fall = [there["judge"] - here["judge"] for there, here in zip(pushed, rows)]
-    return {"amount": amount, "step": step, "gains": gains, "fall": fall}
+def at_best(points):
+    """What a path reaches. points: its curve -> for each seed a point (amount, step), the measures
+    of the seed there, and what the judge's score changes by at the first amount that is at least
+    four times as large, or None if none was tried. The point is the one that the judge likes best
+    in the mean over the other seeds."""
+    seeds, found = range(len(points[0][2])), []
+    for seed in seeds:
+        others = [other for other in seeds if other != seed] or [seed]
+        amount, step, rows = max(
+            points, key=lambda point: mean([point[2][other] for other in others], "judge"))
+        further = [rows for beyond, _, rows in points if beyond >= 4 * amount]
+        change = further[0][seed]["judge"] - rows[seed]["judge"] if further else None
+        found.append(((amount, step), rows[seed], change))
+    return found
 
 
 def cell(values, sign=""):
@@ -319,25 +353,30 @@ def table(rows, head):
 
 def report(references, results):
     """references: {name: measures} -> the tables, mean ± standard deviation over seeds."""
-    keys = [key for key in KEYS if any(key in row for run in results.values()
-                                       for seed in run["seeds"] for row in seed.values())]
-    paths = list(dict.fromkeys(run["path"] for run in results.values()))
-    body = [[name, "", *(cell([row[key]] if key in row else []) for key in keys)]
+    plain = curve(results, "plain")
+    paths = list(dict.fromkeys(found["path"] for found in results.values()))[1:]
+    points = {path: curve(results, path) for path in paths}
+    measured = {key for path in paths for _, _, rows in points[path] for key in rows[0]}
+    keys = [key for key in KEYS if key in measured]
+    body = [[name, *(cell([row[key]] if key in row else []) for key in keys)]
             for name, row in references.items()]
-    for path in paths:
-        for amount, step, rows in curve(results, path):
-            body.append([path, f"{amount:g} ({step} steps)",
-                         *(cell([row[key] for row in rows if key in row]) for key in keys)])
-    lines = table(body, ["scale x steps", *keys])
-    lines += ["", "Each path where the judge likes it best, less plain distillation as long, and "
-              "what the judge then loses at four times the amount:", ""]
+    body += [[f"plain, {step} steps", *(cell([row[key] for row in rows if key in row])
+                                        for key in keys)] for _, step, rows in plain]
+    lines = [*table(body, keys), "", "Less plain distillation as long:", ""]
+    body = [[path, f"{amount:g}", str(step), *(cell([row[key] for row in rows if key in row], "+")
+                                               for key in keys)]
+            for path in paths for amount, step, rows in points[path]]
+    lines += [*table(body, ["scale x steps", "steps", *keys]), "",
+              "At the judge's best; and what the judge's score changes by when pushed four times "
+              "as far (for how many seeds):", ""]
     body = []
-    for path in paths[1:]:
-        best = at_best(results, path)
-        body.append([path, f"{best['amount']:g} ({best['step']} steps)",
-                     *(cell(best["gains"].get(key, []), "+") for key in keys[:-1]),
-                     cell(best["fall"], "+") or "not tried"])
-    return "\n".join([*lines, *table(body, ["scale x steps", *keys[:-1], "fall"])])
+    for path in paths:
+        places, rows, changes = zip(*at_best(points[path]))
+        changes = [change for change in changes if change is not None]
+        body.append([path, " ".join(f"{amount:g}" for amount, _ in places),
+                     *(cell([row[key] for row in rows if key in row], "+") for key in keys),
+                     f"{cell(changes, '+')} ({len(changes)})"])
+    return "\n".join([*lines, *table(body, ["scale x steps", *keys, "pushed on"])])
 
 
 def draw_curves(results, file):
@@ -345,21 +384,19 @@ def draw_curves(results, file):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    first = results["plain"]["seeds"][0]
-    keys = [key for key in ("judge", "third", "expert", "distance") if key in [*first.values()][-1]]
+    paths = list(dict.fromkeys(found["path"] for found in results.values()))[1:]
+    points = {path: curve(results, path) for path in paths}
+    measured = points[paths[0]][0][2][0]
+    keys = [key for key in ("judge", "third", "expert", "distance") if key in measured]
     figure, axes = plt.subplots(1, len(keys), figsize=(3.4 * len(keys), 3.2), squeeze=False)
-    paths = list(dict.fromkeys(run["path"] for run in results.values()))[1:]
     for axis, key in zip(axes[0], keys):
-        plain = [seed[step][key] for seed in results["plain"]["seeds"] for step in seed]
-        axis.axhspan(min(plain), max(plain), color="0.9", label="plain")
+        axis.axhline(0, color="0.6", linewidth=1)
         for path in paths:
-            best = {}  # of several ways to one amount, the one with more steps
-            for amount, _, rows in curve(results, path):
-                best[amount] = torch.tensor([row[key] for row in rows])
-            means = [values.mean().item() for values in best.values()]
-            spread = [values.std().item() if len(values) > 1 else 0 for values in best.values()]
-            axis.errorbar([*best], means, spread, label=path, capsize=2, linewidth=1.2)
-        axis.set(title=key, xlabel="reward scale x steps", xscale="log")
+            amounts, _, rows = zip(*points[path])
+            values = torch.tensor([[row[key] for row in some] for some in rows])  # [points, seeds]
+            spread = values.std(dim=1) if values.shape[1] > 1 else torch.zeros(len(values))
+            axis.errorbar(amounts, values.mean(dim=1), spread, label=path, capsize=2)
+        axis.set(title=f"{key}, less plain's", xlabel="reward scale x steps", xscale="log")
     axes[0][0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(file, dpi=110)
@@ -367,18 +404,23 @@ def draw_curves(results, file):
 
 
 def steps_of(args):
-    return sorted(int(look) for look in args.looks.split(","))
+    return sorted({int(look) for look in args.looks.split(",")})
 
 
 def check(args):
     at_least(1, args, "seeds", "copies", "rm_steps", "rm_batch", "n")
     at_least(2, args, "batch_size")
     at_least(5, args, "limit")  # recall is about third neighbours
-    positive(args, "rm_lr")
-    require(re.fullmatch(r"\d*\.?\d+(,\d*\.?\d+)*", args.scales),
-            f"--scales {args.scales}: expected numbers such as 1,4,16")
-    require(re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", args.looks),
-            f"--looks {args.looks}: expected steps such as 100,200,400")
+    positive(args, "rm_lr", "rm_tau", "scale")
+    require(re.fullmatch(r"\d*\.?\d+(,\d*\.?\d+)*", args.scales)
+            and min(map(float, args.scales.split(","))) > 0,
+            f"--scales {args.scales}: expected numbers above 0, such as 1,4,16")
+    require(re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", args.looks)
+            and steps_of(args)[-1] <= 20 * math.gcd(*steps_of(args)),
+            f"--looks {args.looks}: expected steps such as 100,200,400, whose common divisor, the "
+            "steps between two checkpoints, is a twentieth of the last or more")
+    require(importlib.util.find_spec("matplotlib"),
+            "the figure needs matplotlib: pip install 'rg-lcd[evaluate]'")
     unknown = [path for path in args.paths.split(",") if path not in PATHS]
     require(not unknown, f"--paths {args.paths}: {', '.join(unknown)} unknown; "
                          f"expected some of {', '.join(PATHS)}")
@@ -392,14 +434,17 @@ def load_rewards(args, device):
     require(expert.differentiable or not blocked,
             f"--expert {args.expert}: gives no gradient; --paths {','.join(blocked)} follow it, "
             "give paths through a proxy alone")
+    require(any(True for _ in expert.parameters()) or "weight-noise" not in args.paths.split(","),
+            f"--expert {args.expert}: has no weights; leave weight-noise out of --paths")
     third = {} if args.third == "none" else {"third": load_reward(args.third, device)}
     return {"expert": expert} | third
 
 
-def record(args, out):
+def record(args, out, rewards):
     """Write down what the runs in `out` are made with, or refuse a folder that holds others."""
-    expert = args.expert.replace(f"{POCKET.parent}/", "")  # the same in any checkout
-    made_with = dataclasses.asdict(args) | {"expert": expert, "pocket": fingerprint()}
+    made_with = dataclasses.asdict(args) | {"pocket": fingerprint(rewards)}
+    for name in ("expert", "third", "judge"):  # the same in any checkout
+        made_with[name] = made_with[name].replace(f"{POCKET.parent}/", "")
     same_options(out, made_with, MAY_CHANGE)
     write_whole(out / "config.json", json.dumps(made_with, indent=2) + "\n")
 
@@ -410,21 +455,23 @@ def main():
     device = pick_device(args.device)
     # what "auto" chose is kept when the runs go on elsewhere
     args.precision = precision_name(pick_precision(args.precision, device))
-    common = ["--device", args.device, "--precision", args.precision]
+    machine = ["--device", args.device, "--precision", args.precision]
+    common = ["--lr-schedule", "constant", "--batch-size", args.batch_size, "--reward-batch",
+              args.batch_size, "--no-evaluate", *machine]
     rewards = load_rewards(args, device)
-    out = make_folder(args.out)
+    out = make_folder(args.out).resolve()
     # in float32, because bf16's steps near white would hide roughness
     measures = Measures(args, rewards, device, torch.float32)
-    record(args, out)
+    record(args, out, measures.rewards)
 
     results = {}
     for seed in range(args.seeds):
-        folders = proxies(args, out, seed, common)
-        for name, (path, times, options) in settings(args, folders).items():
+        folders = proxies(args, out, seed, machine)
+        for name, (path, scale, options) in settings(args, folders).items():
             folder = out / f"{name.replace(' ', '-')}-{seed}"
-            looks = measured(folder, [*options, "--seed", seed], measures, args, common)
-            run = results.setdefault(name, {"path": path, "times": times, "seeds": []})
-            run["seeds"].append(looks)
+            looks = measured(folder, [*options, "--seed", seed, *common], measures, args)
+            results.setdefault(name, {"path": path, "scale": scale, "seeds": []})
+            results[name]["seeds"].append(looks)
     references = {name: measures(images) for name, images in measures.references().items()}
     print(report(references, results))
     document = {"references": references, "results": results}

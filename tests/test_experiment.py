@@ -29,9 +29,9 @@ def test_measures_of_several_rounds_are_the_means_over_rounds():
     assert measures(torch.cat(rounds[:1] * 2))["diversity"] == pytest.approx(0, abs=1e-4)
 
 
-def run_of(path, times, *seeds):
+def run_of(path, scale, *seeds):
     """seeds: {step: judge's score}; the expert likes each twice as much."""
-    return {"path": path, "times": times, "seeds": [
+    return {"path": path, "scale": scale, "seeds": [
         {step: {"judge": judge, "expert": 2 * judge} for step, judge in seed.items()}
         for seed in seeds]}
 
@@ -39,29 +39,37 @@ def run_of(path, times, *seeds):
 RESULTS = {
     "plain": run_of("plain", 0, {10: 0.5, 20: 0.4}, {10: 0.6, 20: 0.5}),
     "direct 1x": run_of("direct", 1, {10: 0.5, 20: 0.7}, {10: 0.6, 20: 0.7}),
-    "direct 4x": run_of("direct", 4, {10: 0.6, 20: 0.5}, {10: 0.7, 20: 0.4}),
+    "direct 2x": run_of("direct", 2, {10: 0.9, 20: 0.6}, {10: 0.9, 20: 0.8}),
+    "direct 4x": run_of("direct", 4, {10: 0.9, 20: 0.5}, {10: 0.9, 20: 0.4}),
     "proxy 1x": run_of("proxy", 1, {10: 0.5, 20: 0.6}, {10: 0.5, 20: 0.6}),
 }
 
 
-def test_a_paths_points_stand_by_the_amount_of_optimisation():
-    amounts = [(amount, step) for amount, step, _ in experiment.curve(RESULTS, "direct")]
-    assert amounts == [(10, 10), (20, 20), (40, 10), (80, 20)]
+def test_a_curve_is_less_plain_as_long_and_of_an_amount_shows_the_longest_run():
+    points = experiment.curve(RESULTS, "direct")
+    assert [(amount, step) for amount, step, _ in points] == [
+        (10, 10), (20, 20), (40, 20), (80, 20)]  # 40 is also 4 x 10, 20 also 2 x 10
+    assert [row["judge"] for row in points[1][2]] == pytest.approx([0.3, 0.2])
+    assert [row["expert"] for row in points[1][2]] == pytest.approx([0.6, 0.4])
+    plain = experiment.curve(RESULTS, "plain")
+    assert [(step, rows[0]["judge"]) for _, step, rows in plain] == [(10, 0.5), (20, 0.4)]
 
 
-def test_a_path_is_told_by_its_best_over_plain_as_long_and_by_its_fall_beyond():
-    best = experiment.at_best(RESULTS, "direct")
-    assert (best["amount"], best["step"]) == (20, 20)  # 0.70; the mean over seeds of 40 is 0.65
-    assert best["gains"]["judge"] == pytest.approx([0.3, 0.2])
-    assert best["gains"]["expert"] == pytest.approx([0.6, 0.4])
-    assert best["fall"] == pytest.approx([-0.2, -0.3])  # at 80
-    assert experiment.at_best(RESULTS, "proxy")["fall"] == []  # nothing was tried beyond
+def test_a_seeds_best_is_chosen_by_the_other_seeds_and_then_pushed_on():
+    first, second = experiment.at_best(experiment.curve(RESULTS, "direct"))
+    assert first[0] == (40, 20)  # where the second seed is at its best, 0.3 over plain
+    assert first[1]["judge"] == pytest.approx(0.2) and first[2] is None  # 160 was not tried
+    assert second[0] == (20, 20)  # the first's best
+    assert second[1]["judge"] == pytest.approx(0.2) and second[2] == pytest.approx(-0.3)  # at 80
+
+
+def test_the_report_has_every_point_and_what_each_path_reaches():
     lines = experiment.report({"teacher": {"judge": 0.9, "expert": 1.0}}, RESULTS).splitlines()
-    assert "| teacher |  | 1.000 | 0.900 |" in lines
-    assert "| direct | 40 (10 steps) | 1.300 ± 0.141 | 0.650 ± 0.071 |" in lines
-    assert any(line.startswith("| direct | 20 (20 steps) | +0.500") and line.endswith(
-        "| -0.250 ± 0.071 |") for line in lines)
-    assert any(line.startswith("| proxy |") and line.endswith("| not tried |") for line in lines)
+    assert "| teacher | 1.000 | 0.900 |" in lines
+    assert "| plain, 10 steps | 1.100 ± 0.141 | 0.550 ± 0.071 |" in lines
+    assert "| direct | 20 | 20 | +0.500 ± 0.141 | +0.250 ± 0.071 |" in lines
+    assert "| direct | 40 20 | +0.400 ± 0.000 | +0.200 ± 0.000 | -0.300 (1) |" in lines
+    assert [line for line in lines if line.startswith("| proxy | 20 20 |")][0].endswith("|  (0) |")
 
 
 def test_the_figure_is_drawn_of_whatever_was_measured(tmp_path):
@@ -100,11 +108,12 @@ def test_a_path_is_a_line_of_options_at_each_scale_and_plain_has_no_reward():
     args = experiment.Config(paths="never-fitted,direct,features", scales="16,1,.5", rm_lr=0.5)
     folders = {"LATENT_RM": "L", "TEACHER_RM": "T"}
     runs = experiment.settings(args, folders)
-    names = [f"{path} {times}x" for path in args.paths.split(",") for times in (".5", "1", "16")]
+    names = [f"{path} {times}x" for path in args.paths.split(",") for times in ("0.5", "1", "16")]
     assert list(runs) == ["plain", *names]
     value = lambda name, option: runs[name][2][runs[name][2].index(option) + 1]
     assert runs["plain"][2] == ["--reward", "none"]
-    assert runs["direct 16x"] == ("direct", 16, ["--reward", "pocket", "--reward-scale", 8.0])
+    assert runs["direct 16x"] == ("direct", 8, ["--reward", "pocket", "--reward-scale", 8.0])
+    assert "--latent-rm" not in runs["direct 16x"][2]
     assert value("never-fitted 16x", "--rm-image-layers") == 0
     assert value("never-fitted 16x", "--latent-rm") == "L"
     assert value("features 1x", "--latent-rm") == "T" and value("features 1x", "--rm-lr") == 0.5
@@ -118,7 +127,7 @@ def test_every_paths_options_are_options_of_train():
         train.check(config)
 
 
-@pytest.mark.parametrize("scales", ["1..2", "1,,4", "much", "1,4,"])
+@pytest.mark.parametrize("scales", ["0,1", "1..2", "1,,4", "much", "1,4,"])
 def test_scales_that_are_no_numbers_are_one_line_and_exit_code_2(scales, tmp_path, capsys):
     assert call(experiment.main, "--scales", scales, "--out", tmp_path) == 2
     message = capsys.readouterr().err
@@ -131,6 +140,7 @@ def test_scales_that_are_no_numbers_are_one_line_and_exit_code_2(scales, tmp_pat
     (("--expert", "none"), "--expert none"),
     (("--paths", "direct,sideways"), "sideways unknown"),
     (("--looks", "0,2"), "--looks 0,2"),
+    (("--looks", "100,250,401"), "--looks 100,250,401"),
     (("--expert", "jpeg"), "--paths direct follow it"),
     (("--judge", "jpeg"), "--judge jpeg"),
     (("--judge", "pocket=/no/where"), "/no/where"),
@@ -142,10 +152,20 @@ def test_what_no_run_could_use_is_refused_before_the_first_one_and_leaves_no_rec
     assert word in message and message.count("\n") == 1 and not (tmp_path / "config.json").exists()
 
 
+def test_a_run_that_was_measured_with_other_options_is_not_taken_for_this_one(tmp_path):
+    looks = {"options": ["--reward-jitter", "0.05"], "looks": {"10": {"judge": 1.0}}}
+    (tmp_path / "looks.json").write_text(json.dumps(looks))
+    found = experiment.measured(tmp_path, ["--reward-jitter", 0.05], None, None)
+    assert found == {10: {"judge": 1.0}}
+    with pytest.raises(InputError, match="--reward-jitter 0.1"):
+        experiment.measured(tmp_path, ["--reward-jitter", 0.1], None, None)
+
+
 def test_record_refuses_other_runs_and_lets_the_choice_of_runs_change(tmp_path):
-    experiment.record(experiment.Config(), tmp_path)
+    record = lambda config, out, rewards={}: experiment.record(config, out, rewards)
+    record(experiment.Config(), tmp_path)
     free = experiment.Config(seeds=5, scales="1", paths="direct", device="cuda:1", out="elsewhere")
-    experiment.record(free, tmp_path)
+    record(free, tmp_path)
     for change, word in (
         ({"rm_lr": 1.0}, "rm_lr 0.0001 (now 1.0);"),
         ({"looks": "1", "expert": "jpeg"}, "expert pocket (now jpeg), looks 100,200,400 (now 1);"),
@@ -153,7 +173,9 @@ def test_record_refuses_other_runs_and_lets_the_choice_of_runs_change(tmp_path):
         ({"n": 1}, "n 2 (now 1);"),  # the measures of earlier runs are kept
     ):
         with pytest.raises(InputError, match=re.escape(word)):
-            experiment.record(experiment.Config(**change), tmp_path)
+            record(experiment.Config(**change), tmp_path)
+    with pytest.raises(InputError, match="pocket"):  # another expert's weights
+        record(experiment.Config(), tmp_path, {"expert": torch.nn.Linear(2, 2)})
 
 
 def test_follows_is_the_agreement_since_the_last_look(tmp_path):
@@ -172,7 +194,7 @@ def test_experiment_runs_reports_and_resumes(tmp_path, capsys):
     times = lambda: {p: p.stat().st_mtime for p in tmp_path.rglob("*.safetensors")}
     assert call(experiment.main, *options) == 0
     first, written = capsys.readouterr().out, times()
-    assert "| features | 8 (2 steps) |" in first and "| real pictures |" in first
+    assert "| features | 4 | 2 |" in first and "| real pictures |" in first
     assert (tmp_path / "curves.png").is_file() and not [*tmp_path.glob("*/checkpoints")]
     assert call(experiment.main, *options) == 0
     assert capsys.readouterr().out == first and times() == written
