@@ -15,8 +15,8 @@
     python evaluate.py --compare A/results.json B/results.json    # what moved beyond noise
 
 Pictures are written once, so that the same command goes on where it was stopped. The reward is what
-training maximised. The judge is a second CLIP that no training has seen: believe its differences
-between students, not its level. docs/evaluation.md says what each column is.
+training maximised. The judge takes part in no training; the pocket's has seen the real held-out
+pictures, so that it knows the answers. docs/evaluation.md says what each column is.
 """
 import dataclasses
 import datetime
@@ -77,7 +77,7 @@ class Config:
     reward: str = option("pocket", "what training maximised (reward.py), or none",
                          group="by what")
     judge: str = option(
-        str(POCKET / "judge"), "the judge, of which training must not know: a folder of a CLIP "
+        str(POCKET / "judge"), "the judge, which takes part in no training: a folder of a CLIP "
                                "like pocket/judge, any reward (reward.py), or none")
     rewards: str | None = option(
         None, "other rewards (reward.py), with commas or spaces between; clipscore=FILE: CLIPScore "

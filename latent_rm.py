@@ -253,7 +253,7 @@ def preference_accuracy(expert_scores, lrm_scores):
 SIZES = {
     "sd21": {},
     "pocket": {"patch_size": 2, "width": 192, "layers": 4, "heads": 6, "embed_dim": 192,
-               "text_width": 192, "text_layers": 3, "text_heads": 6},
+               "text_width": 192, "text_layers": 2, "text_heads": 6},
 }
 
 

@@ -35,15 +35,18 @@ from support.cli import (
 from support.kernels import compile_for_drawing
 from support.weights import InputError
 
-PROMPTS = ["a red apple", "a smiling cat", "rocket", "a firefighter", "a green heart", "a snowman"]
+# without a prompt: the pocket's README in small
+STYLES = ("3d", "gradient", "flat", "noto", "blob", "twemoji")
+FIRST_LOOK = [f"{word}, {style}" for word in ("red apple", "cat face", "rocket", "snowman")
+              for style in STYLES]
 GRID = 64  # pictures that grid.png shows at most
 
 
 @dataclass
 class Config:
     prompt: list[str] = option(
-        (), "a prompt; may be given several times (without any: six for a first look)", list=True,
-        group="what to draw")
+        (), "a prompt; may be given several times (without any: four words in six styles)",
+        list=True, group="what to draw")
     prompts: str | None = option(None, "a text file with one prompt a line")
     steps: int = option(2, "network calls per picture (ddim: twice as many passes, for guidance)")
     n: int = option(1, "pictures per prompt")
@@ -85,7 +88,7 @@ def read_prompts(args):
         found = [line.strip() for line in lines if line.strip()]
         require(found, f"--prompts {args.prompts}: no prompt in it; expected one a line")
         prompts += found
-    return prompts or PROMPTS
+    return prompts or FIRST_LOOK
 
 
 def tell_cut(text_encoder, prompts):
@@ -149,7 +152,8 @@ def main():
         shown += list(images[:GRID - len(shown)])
     bar.close()
     if len(shown) > 1:
-        columns = args.n if args.n > 1 else math.ceil(len(shown) ** 0.5)
+        columns = args.n if args.n > 1 else (
+            len(STYLES) if prompts == FIRST_LOOK else math.ceil(len(shown) ** 0.5))
         save_png(grid(torch.stack(shown), columns), out / "grid.png",
                  prompt=" | ".join(prompts[:len(shown)]), seed=args.seed, **facts)
         print(out / "grid.png")

@@ -13,7 +13,6 @@ from PIL import Image
 import evaluate
 import support
 from conftest import CAPTIONS, ROOT, call, launch, random_png
-from data import Shards
 from support import results
 from support.scoring import Measured, Scorers
 from unet import UNet
@@ -24,14 +23,6 @@ def leave_matmul_precision():
     before = torch.get_float32_matmul_precision()
     yield
     torch.set_float32_matmul_precision(before)
-
-
-def test_pocket_holds_out_256_pictures_whose_captions_are_not_in_training():
-    train = Shards(ROOT / "pocket/data/train-000.tar", 64)
-    held_out = Shards(ROOT / "pocket/data/heldout-000.tar", 64)
-    captions = lambda shards: {shards.caption(i) for i in range(len(shards))}
-    assert (len(train), len(held_out), len(captions(held_out))) == (3117, 256, 256)
-    assert not captions(train) & captions(held_out)
 
 
 # ---------------------------------------------------------------------------------------- scoring

@@ -1,4 +1,4 @@
-"""pocket/build.py, and what it makes: the pocket's second edition."""
+"""pocket/build.py, and what it makes: the pocket."""
 import hashlib
 import json
 import os
@@ -20,8 +20,6 @@ import emoji
 from emoji import Sample, Word
 
 POCKET = ROOT / "pocket"
-second_edition = pytest.mark.skipif(
-    not (POCKET / "data/validation-000.tar").is_file(), reason="the first edition ships as yet")
 
 
 def made_up(folder, **counts):
@@ -51,7 +49,6 @@ def read(split):
     return list(zip(hashes, captions))
 
 
-@second_edition
 def test_nothing_held_out_is_in_training_neither_its_picture_nor_its_caption():
     train = read("train")
     assert len(train) > 10_000
@@ -65,7 +62,6 @@ def test_nothing_held_out_is_in_training_neither_its_picture_nor_its_caption():
     assert not labels & {caption.split(", ")[0] for _, caption in seen["unseen"]}
 
 
-@second_edition
 def test_the_label_of_a_held_out_pair_is_in_training_in_two_other_styles():
     styles = {}
     for _, caption in read("train"):
