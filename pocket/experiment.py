@@ -223,10 +223,14 @@ def proxies(args, out, seed, common):
             latents = warped_latents(out / "warped", args.copies, *common)
             python("latent_rm.py", "--data", latents, "--heldout", HELDOUT, "--out", folder,
                    "--steps", args.rm_steps, "--seed", seed, *kinds[name], *common)
-            require((folder / "latent_rm").is_dir(), f"{folder}: the training was stopped before "
-                                                     "its end; repeat the command, which goes on")
+            require_trained(folder / "latent_rm")
             shutil.rmtree(folder / "checkpoints")
     return found
+
+
+def require_trained(folder):
+    require(folder.is_dir(), f"{folder} is not there: the training was stopped before its end; "
+                             "repeat the command, which goes on")
 
 
 def settings(args, folders):
@@ -269,8 +273,7 @@ def measured(folder, options, measures, args):
     found, before = {}, 0
     for step in looks:
         student = folder / f"checkpoints/step-{step:06d}/unet_target"
-        require(student.is_dir(), f"{student} is not there: the training was stopped before its "
-                                  "end; repeat the command, which goes on")
+        require_trained(student)
         images = measures.draw(student, 2, "lcm", args.n)
         found[step] = measures(images) | follows(folder, before, step)
         before = step
@@ -310,6 +313,12 @@ def curve(results, path):
                 if step >= points.get(amount, (0, 0))[1]:
                     points[amount] = amount, step, rows
     return [points[amount] for amount in sorted(points)]
+
+
+def curves(results):
+    """-> {path: its curve} of all but plain."""
+    paths = dict.fromkeys(found["path"] for found in results.values())
+    return {path: curve(results, path) for path in paths if path != "plain"}
 
 
 def less(row, plain):
@@ -354,9 +363,8 @@ def table(rows, head):
 def report(references, results):
     """references: {name: measures} -> the tables, mean ± standard deviation over seeds."""
     plain = curve(results, "plain")
-    paths = list(dict.fromkeys(found["path"] for found in results.values()))[1:]
-    points = {path: curve(results, path) for path in paths}
-    measured = {key for path in paths for _, _, rows in points[path] for key in rows[0]}
+    points = curves(results)
+    measured = {key for some in points.values() for _, _, rows in some for key in rows[0]}
     keys = [key for key in KEYS if key in measured]
     body = [[name, *(cell([row[key]] if key in row else []) for key in keys)]
             for name, row in references.items()]
@@ -365,13 +373,13 @@ def report(references, results):
     lines = [*table(body, keys), "", "Less plain distillation as long:", ""]
     body = [[path, f"{amount:g}", str(step), *(cell([row[key] for row in rows if key in row], "+")
                                                for key in keys)]
-            for path in paths for amount, step, rows in points[path]]
+            for path, some in points.items() for amount, step, rows in some]
     lines += [*table(body, ["scale x steps", "steps", *keys]), "",
               "At the judge's best; and what the judge's score changes by when pushed four times "
               "as far (for how many seeds):", ""]
     body = []
-    for path in paths:
-        places, rows, changes = zip(*at_best(points[path]))
+    for path, some in points.items():
+        places, rows, changes = zip(*at_best(some))
         changes = [change for change in changes if change is not None]
         body.append([path, " ".join(f"{amount:g}" for amount, _ in places),
                      *(cell([row[key] for row in rows if key in row], "+") for key in keys),
@@ -384,16 +392,16 @@ def draw_curves(results, file):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    paths = list(dict.fromkeys(found["path"] for found in results.values()))[1:]
-    points = {path: curve(results, path) for path in paths}
-    measured = points[paths[0]][0][2][0]
+    points = curves(results)
+    measured = next(iter(points.values()))[0][2][0]
     keys = [key for key in ("judge", "third", "expert", "distance") if key in measured]
     figure, axes = plt.subplots(1, len(keys), figsize=(3.4 * len(keys), 3.2), squeeze=False)
     for axis, key in zip(axes[0], keys):
         axis.axhline(0, color="0.6", linewidth=1)
-        for path in paths:
-            amounts, _, rows = zip(*points[path])
-            values = torch.tensor([[row[key] for row in some] for some in rows])  # [points, seeds]
+        for path, some in points.items():
+            amounts, _, rows = zip(*some)
+            # [points, seeds]
+            values = torch.tensor([[row[key] for row in seeds] for seeds in rows])
             spread = values.std(dim=1) if values.shape[1] > 1 else torch.zeros(len(values))
             axis.errorbar(amounts, values.mean(dim=1), spread, label=path, capsize=2)
         axis.set(title=f"{key}, less plain's", xlabel="reward scale x steps", xscale="log")
