@@ -57,7 +57,7 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 import latent_rm as proxy
 import train
@@ -366,8 +366,10 @@ def count_tflop(call):
     fused = torch.backends.mha.get_fastpath_enabled()
     # the counter does not know the fused layers that towers without gradient run as
     torch.backends.mha.set_fastpath_enabled(False)
+    packed = {torch.ops.mkldnn._convolution_pointwise: (
+        lambda x, weight, *options, out_shape, **more: conv_flop_count(x, weight, out_shape))}
     try:
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=packed) as counter:
             call()
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from support.kernels import attention
+from support.kernels import Upsample, attention
 from support.weights import InputError, load_component, save_component
 
 
@@ -165,15 +165,6 @@ class Downsample(nn.Module):
 
     def forward(self, x):
         return self.conv(x)
-
-
-class Upsample(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x, size):
-        return self.conv(F.interpolate(x, size=size, mode="nearest"))
 
 
 class Level(nn.Module):

@@ -1,5 +1,6 @@
-"""The same numbers sooner. On a CPU: attention in slices, and weights laid out once for oneDNN; on
-CUDA both leave everything to PyTorch. On both: compiling block by block.
+"""The same numbers sooner. On a CPU: attention in slices, weights laid out once for oneDNN, and
+upsampling by its four phases; on CUDA these leave everything to PyTorch. On both: compiling block
+by block.
 
 What each buys stands in docs/speed.md.
 """
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-SLICE = 256  # queries at a time: 128 is as fast, 512 slower
+SCORES = 2 ** 22  # of attention at a time: 8 MB. Half and twice as many are as fast
 
 
 def attention(q, k, v, upcast=False):
@@ -17,7 +18,7 @@ def attention(q, k, v, upcast=False):
     float32, whatever surrounds it.
 
     PyTorch's CPU kernel does it in float32 as fast as can be, and in bfloat16 where there are
-    matrix units; without them at 40% of what plain matrix products reach."""
+    matrix units; without them at 20% of what plain matrix products reach."""
     if upcast:
         with torch.autocast(q.device.type, enabled=False):
             return attention(q.float(), k.float(), v.float()).to(v.dtype)
@@ -25,15 +26,19 @@ def attention(q, k, v, upcast=False):
     if (q.device.type != "cpu" or q.dtype != torch.bfloat16 or wanted or is_traced()
             or has_matrix_units()):
         return F.scaled_dot_product_attention(q, k, v)
-    shape, scale = q.shape, q.shape[-1] ** -0.5
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # [B * heads, L, d]
-    # Scores in float32, as PyTorch's kernel has them: rounded to bfloat16, a score of 30 is wrong
-    # by up to 0.06, its share by 6%.
-    keys, out = k.float().transpose(1, 2) * scale, torch.empty_like(q)
-    for first in range(0, q.shape[1], SLICE):
-        part = slice(first, first + SLICE)
-        shares = (q[:, part].float() @ keys).softmax(dim=-1)
-        out[:, part] = shares.bfloat16() @ v
+    shape = q.shape
+    q, k, v = (x.flatten(0, 1).contiguous() for x in (q, k, v))  # [B * heads, L, d]
+    keys, out = (k * shape[-1] ** -0.5).transpose(1, 2), torch.empty_like(q)
+    some = keys[:, :, ::4].contiguous()
+    rows = max(1, SCORES // (keys.shape[0] * keys.shape[2]))
+    for first in range(0, q.shape[1], rows):
+        part = q[:, first:first + rows]
+        # Rounded to bfloat16, a score of 30 is wrong by up to 0.06 and its share by 6%. So about
+        # the greatest of its row is taken off each score before it is rounded: those that count
+        # are small then, and their shares nearly as good as those of float32 scores.
+        greatest = torch.bmm(part, some).amax(dim=-1, keepdim=True)
+        shares = torch.baddbmm(greatest, part, keys, beta=-1).softmax(dim=-1)
+        out[:, first:first + rows] = torch.bmm(shares, v)
     return out.unflatten(0, shape[:2])
 
 
@@ -67,7 +72,7 @@ def prepare_for_inference(network):
 
 
 class Packs:
-    """What the two layers share. packed: (what it was made from, the weight in oneDNN's layout)."""
+    """What the layers below share. packed: (what it was made from, weights in oneDNN's layout)."""
     packed = None
 
     def packed_weight(self, x):
@@ -119,6 +124,52 @@ class PackedLinear(Packs, nn.Linear):
 
 
 PACKED = {nn.Conv2d: PackedConv2d, nn.Linear: PackedLinear}
+
+
+class Upsample(Packs, nn.Module):
+    """The nearest neighbours' picture twice as large, then a 3x3 convolution of it.
+
+    Of three neighbours in the large picture two are one pixel of the small one. So each of the four
+    that a pixel becomes is a 2x2 convolution of the small picture, whose weights are sums: 4/9 of
+    the arithmetic, and the large picture is never made. Where Packs gives no weights, it is."""
+    geometry = [1, 1], [1, 1], [1, 1], 1  # padding, stride, dilation, groups
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    @property
+    def weight(self):
+        return self.conv.weight
+
+    def pack(self, x):
+        def halves(weight, dim):  # what the first and the second of two neighbours see
+            before, here, after = weight.unbind(dim)
+            return (torch.stack((before, here + after), dim),
+                    torch.stack((before + here, after), dim))
+
+        return [torch.ops.mkldnn._reorder_convolution_weight(
+                    part.to(x.dtype), *self.geometry, list(x.shape))
+                for half in halves(self.weight.detach().float(), 2) for part in halves(half, 3)]
+
+    def forward(self, x, size=None):
+        """x: [B,C,H,W] -> [B,C,*size]. size: of the large picture, (2H, 2W) if left out; a UNet
+        asks for one less where it had halved an odd one."""
+        height, width = x.shape[2:]
+        double = 2 * height, 2 * width
+        size = tuple(size or double)
+        alone = type(self.conv) in PACKED.keys() | PACKED.values()  # and adds no LoRA's update
+        packed = self.packed_weight(x) if alone and size == double else None
+        if packed is None:
+            return self.conv(F.interpolate(x, size=size, mode="nearest"))
+        channels_last = x.is_contiguous(memory_format=torch.channels_last)
+        out = torch.empty(*x.shape[:2], *size, dtype=x.dtype, memory_format=(
+            torch.channels_last if channels_last else torch.contiguous_format))
+        for weight, (row, column) in zip(packed, ((0, 0), (0, 1), (1, 0), (1, 1))):
+            part = torch.ops.mkldnn._convolution_pointwise(
+                x, weight, self.conv.bias, *self.geometry, "none", [], "")
+            out[:, :, row::2, column::2] = part[:, :, row:row + height, column:column + width]
+        return out
 
 
 def compile_blocks(network, kinds, **options):

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import UNET, agree, agree_by_name, rand, randomize, same_weights
+from lora import LoRA
 from support import kernels
 from support.kernels import PackedConv2d, attention, compile_blocks, prepare_for_inference
 from unet import ResnetBlock, Transformer, UNet, UNetConfig
@@ -18,20 +19,26 @@ def new_unet():
     return randomize(UNet(UNetConfig(**UNET))).eval().requires_grad_(False)
 
 
+def packs(network):
+    """The layers that keep weights in another layout. Upsample keeps those of its convolution."""
+    inner = {m.conv for m in network.modules() if isinstance(m, kernels.Upsample)}
+    return [m for m in network.modules() if hasattr(m, "pack") and m not in inner]
+
+
 @pytest.fixture
 def pair():
     """A UNet as it is and the same prepared, which has drawn once."""
     plain = new_unet()
     prepared = prepare_for_inference(copy.deepcopy(plain))
     prepared(*INPUTS)
-    assert all(m.packed[1] is not None for m in prepared.modules() if hasattr(m, "pack"))
+    assert all(m.packed[1] is not None for m in packs(prepared))
     return plain, prepared
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("spread", [1, 8])
 @pytest.mark.parametrize("queries, keys", [(600, 600), (600, 77), (1, 5)])
-def test_bf16_attention_in_slices_is_as_near_to_float32_as_pytorchs(
+def test_bf16_attention_in_slices_is_off_float32_by_less_than_twice_what_pytorchs_is(
         queries, keys, spread, monkeypatch):
     monkeypatch.setattr(kernels, "has_matrix_units", lambda: False)
     q, k, v = (rand(2, 3, length, 64, seed=i).bfloat16()
@@ -40,7 +47,22 @@ def test_bf16_attention_in_slices_is_as_near_to_float32_as_pytorchs(
     exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
     errors = [(way(q, k, v).float() - exact).abs().mean()
               for way in (attention, F.scaled_dot_product_attention)]
-    assert errors[0] <= 1.5 * errors[1]
+    assert errors[0] <= 2 * errors[1]
+
+
+@torch.no_grad()
+def test_bf16_attention_holds_where_two_keys_have_all_the_weight(monkeypatch):
+    """The greatest score, here 30, is then far above those that it is estimated from."""
+    monkeypatch.setattr(kernels, "has_matrix_units", lambda: False)
+    q, k, v = (rand(1, 1, 64, 64, seed=i) for i in range(3))
+    direction = F.normalize(rand(64, seed=3), dim=0)
+    q, k = q / 8 + 15 * direction, k / 8
+    k[:, :, 5] += 16 * direction
+    k[:, :, 6] += 16 * direction
+    q, k, v = (x.bfloat16() for x in (q, k, v))
+    exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    assert exact[..., 0].std() < 0.2 * v[..., 0].float().std()  # all queries see the same two
+    assert (attention(q, k, v).float() - exact).norm() <= 0.04 * exact.norm()
 
 
 @torch.no_grad()
@@ -52,6 +74,50 @@ def test_where_there_are_matrix_units_bf16_attention_is_pytorchs(units, monkeypa
                         lambda *tensors: asked.append(0) or pytorchs(*tensors))
     attention(*(rand(1, 2, 9, 8, seed=i).bfloat16() for i in range(3)))
     assert len(asked) == units
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("size", [(10, 14), (9, 13), None])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+def test_upsample_is_the_convolution_of_the_picture_twice_as_large(layout, size, dtype, tolerance):
+    torch.manual_seed(0)
+    upsample = kernels.Upsample(16).to(dtype)
+    x = rand(3, 16, 5, 7).to(dtype).contiguous(memory_format=layout)
+    large = F.interpolate(x.float(), size=size or (10, 14), mode="nearest")
+    exact = F.conv2d(large, upsample.conv.weight.float(), upsample.conv.bias.float(), padding=1)
+    out = upsample(x, size)
+    assert out.dtype == dtype and out.is_contiguous(memory_format=layout)
+    assert (out.float() - exact).norm() <= tolerance * exact.norm()
+    assert (upsample.packed is None) == (size == (9, 13))  # and so the short way was gone, or not
+
+
+def test_upsample_gives_gradients_and_follows_its_weights():
+    upsample, x = kernels.Upsample(8), rand(1, 8, 4, 4)
+    with torch.no_grad():
+        before = upsample(x)
+    upsample(x).sum().backward()
+    with torch.no_grad():
+        upsample.conv.weight -= upsample.conv.weight.grad
+        after = upsample(x)
+    assert (after - before).abs().max() > 0.1
+    agree(after, upsample(x).detach(), 1e-5)
+
+
+@torch.no_grad()
+def test_upsample_adds_the_update_of_a_lora():
+    unet = new_unet()
+    updates = LoRA.new(unet, rank=2)
+    name = next(name for name in updates.updates if "upsamplers" in name)
+    torch.nn.init.ones_(updates.updates[name].B)
+    x = rand(1, unet.get_submodule(name).in_channels, 4, 4)
+    upsample = unet.get_submodule(name.removesuffix(".conv"))
+    before = upsample(x)
+    updates.attach(unet)
+    with_update = upsample(x)
+    assert (with_update - before).abs().max() > 0.1
+    updates.merge(fresh := new_unet())
+    agree(fresh.get_submodule(name.removesuffix(".conv"))(x), with_update, 1e-5)
 
 
 @torch.no_grad()
@@ -85,7 +151,7 @@ def test_a_prepared_network_saves_and_loads_as_ever(pair, tmp_path):
     prepared.save_pretrained(tmp_path)
     assert same_weights(UNet.from_pretrained(tmp_path), plain)
     again = copy.deepcopy(prepared)
-    assert all(m.packed is None for m in again.modules() if hasattr(m, "pack"))
+    assert all(m.packed is None for m in packs(again))
     agree(again(*INPUTS), plain(*INPUTS), 1e-5)
 
 
@@ -125,7 +191,7 @@ def test_a_prepared_network_in_another_precision_follows(pair):
     one, two = ((out - exact).square().mean().sqrt() for out in outs)
     assert 0 < two <= 1.3 * one  # bf16's own error, each with its own rounding
     assert any(m.packed[1] is not None and m.packed[0][2] == torch.bfloat16
-               for m in pair[1].modules() if hasattr(m, "pack"))
+               for m in packs(pair[1]))
 
 
 def test_a_prepared_network_trains_as_ever(pair):
@@ -163,7 +229,7 @@ def test_without_the_private_operators_the_plain_way_remains(monkeypatch, error)
 
     plain = new_unet()
     prepared = prepare_for_inference(copy.deepcopy(plain))
-    for kind in kernels.PACKED.values():
+    for kind in (*kernels.PACKED.values(), kernels.Upsample):
         monkeypatch.setattr(kind, "pack", gone)
     assert torch.equal(prepared(*INPUTS), plain(*INPUTS))
 
