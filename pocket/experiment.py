@@ -18,7 +18,10 @@ and of the same seed, which sees the same pictures and noise. Each seed's best i
 seeds have theirs, so that it is not chosen for its own luck. Every step's gradient is shortened to
 the same length, so at large scales the reward has nearly all of it, and more scale adds little.
 
-Resumable: the same command goes on where it stopped, and measures no student twice.
+Resumable: the same command goes on where it stopped. Given in several shells at once, each takes
+runs that no other is at (on a CPU, one with OMP_NUM_THREADS=1 for each core is the fastest). The
+pictures of every look are kept, so other measures need no other training, and the folders of the
+plain runs may be copied to another experiment's --out.
 
 The measures, on 2-step pictures of the held-out prompts with the same noise for every student:
 
@@ -38,6 +41,7 @@ The measures, on 2-step pictures of the held-out prompts with the same noise for
     follows          the share of pairs that the proxy ranked as the expert did, in the steps since
                      the last look
 """
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
@@ -49,6 +53,7 @@ import re
 import shutil
 import sys
 import tarfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +67,7 @@ from build import python, read_split, vary, warp
 from data import Shards, add_pair
 from pipeline import Pipeline, grid, save_png, to_pil
 from reward import load_reward
+from support.checkpoints import Busy, lock
 from support.cli import (
     at_least,
     make_folder,
@@ -77,10 +83,15 @@ from support.cli import (
 from support.drawn import draw_all
 from support.metrics import covered, diversity, frechet_distance, high_frequency, roughness
 from support.runs import same_options
-from support.weights import WEIGHTS, write_whole
+from support.weights import WEIGHTS, read_json, write_whole
 from unet import UNet
 
-# {path: options of train.py}; LATENT_RM and TEACHER_RM: the folders of pre-trained proxies
+# {its folder's name: options of latent_rm.py} of the proxies that are trained before the students
+PROXIES = {
+    "LATENT_RM": ["--text-tower", POCKET / "reward" / WEIGHTS, "--no-train-text"],
+    "TEACHER_RM": ["--backbone", "teacher"],
+}
+# {path: options of train.py}
 PROXY = ["--latent-rm", "LATENT_RM", "--rm-image-layers", 99, "--rm-text-layers", 0]
 PATHS = {
     "direct": [],
@@ -128,7 +139,7 @@ class Config:
 
 
 # What may differ when the command is repeated: the choice of runs
-MAY_CHANGE = {"paths", "scales", "seeds", "device", "out"}
+MAY_CHANGE = {"paths", "scales", "seeds", "third", "judge", "device", "out"}
 
 
 # ---------------------------------------------------------------- measures
@@ -148,6 +159,8 @@ class Measures:
                 f"--judge {args.judge}: has no image features for the Frechet distance; "
                 "expected a CLIP, such as pocket=FOLDER")
         self.rewards = rewards | {"judge": judge}
+        # changes with whoever measures
+        self.key = [args.expert, args.third, fingerprint(*self.rewards.values())]
         self.features = self.features_of(self.real)
         self.round_trip = self.model.round_trip(self.real)
 
@@ -195,37 +208,43 @@ class Measures:
 
 # ---------------------------------------------------------------- runs
 
+@contextlib.contextmanager
+def alone(folder):
+    """Make the folder and keep other shells out of it; raises Busy if one is at work there."""
+    make_folder(folder)
+    with lock(folder, ".claim"):
+        yield folder
+
+
 def warped_latents(folder, copies, *options):
     """Write `copies` warped versions of the training pictures into `folder`, each with a varied
     caption, and encode them with those options of data.py -> folder of the latents."""
-    if not (folder / "encoded/warped.tar").is_file():
-        images, captions = read_split(POCKET, "train")
-        generator, rng = torch.Generator().manual_seed(0), random.Random(0)
-        with tarfile.open(make_folder(folder) / "warped.tar", "w") as tar:
-            for copy in range(copies):
-                pairs = zip(warp(images, generator), vary(captions, rng))
-                for i, (image, caption) in enumerate(pairs):
-                    png = io.BytesIO()
-                    to_pil(image / 2 + 0.5).save(png, "PNG")
-                    add_pair(tar, f"{copy}-{i}", "png", png.getvalue(), caption)
-        python("data.py", "--data", folder / "warped.tar", "--out", folder / "encoded", *options)
+    with alone(folder):
+        if not (folder / "encoded/warped.tar").is_file():
+            images, captions = read_split(POCKET, "train")
+            generator, rng = torch.Generator().manual_seed(0), random.Random(0)
+            with tarfile.open(folder / "warped.tar", "w") as tar:
+                for copy in range(copies):
+                    pairs = zip(warp(images, generator), vary(captions, rng))
+                    for i, (image, caption) in enumerate(pairs):
+                        png = io.BytesIO()
+                        to_pil(image / 2 + 0.5).save(png, "PNG")
+                        add_pair(tar, f"{copy}-{i}", "png", png.getvalue(), caption)
+            python("data.py", "--data", folder / "warped.tar", "--out", folder / "encoded",
+                   *options)
     return folder / "encoded"
 
 
-def proxies(args, out, seed, common):
-    """{placeholder in PATHS: run folder} of the pre-trained proxies that the chosen paths take."""
-    text = ["--text-tower", POCKET / "reward" / WEIGHTS, "--no-train-text"]
-    kinds = {"LATENT_RM": text, "TEACHER_RM": ["--backbone", "teacher"]}
-    needed = {word for path in args.paths.split(",") for word in PATHS[path] if word in kinds}
-    found = {name: out / f"{name.lower()}-{seed}" for name in sorted(needed)}
-    for name, folder in found.items():
+def trained_proxy(kind, args, out, seed, common):
+    """-> the run folder of a pre-trained proxy. kind: a key of PROXIES"""
+    with alone(out / f"{kind.lower()}-{seed}") as folder:
         if not (folder / "latent_rm").is_dir():
             latents = warped_latents(out / "warped", args.copies, *common)
             python("latent_rm.py", "--data", latents, "--heldout", HELDOUT, "--out", folder,
-                   "--steps", args.rm_steps, "--seed", seed, *kinds[name], *common)
+                   "--steps", args.rm_steps, "--seed", seed, *PROXIES[kind], *common)
             require_trained(folder / "latent_rm")
             shutil.rmtree(folder / "checkpoints")
-    return found
+    return folder
 
 
 def require_trained(folder):
@@ -233,12 +252,11 @@ def require_trained(folder):
                              "repeat the command, which goes on")
 
 
-def settings(args, folders):
-    """{name of a run: (path, reward scale, options of train.py)}, the plain one first. folders:
-    proxies()"""
+def settings(args):
+    """{name of a run: (path, reward scale, options of train.py)}, the plain one first."""
     runs = {"plain": ("plain", 0, ["--reward", "none"])}
     for path in args.paths.split(","):
-        own = [folders.get(word, word) for word in PATHS[path]]
+        own = list(PATHS[path])
         if "--latent-rm" in own:
             own += ["--rm-lr", args.rm_lr, "--rm-batch", args.rm_batch]
             own += [] if "--rm-tau" in own else ["--rm-tau", args.rm_tau]
@@ -257,40 +275,90 @@ def follows(folder, after, until):
     return {"follows": sum(shares) / len(shares)} if shares else {}
 
 
-def measured(folder, options, measures, args):
-    """Distil a student in `folder` with options of train.py and measure it at each look -> {step:
-    measures}, which looks.json keeps; last.png: pictures of the last one."""
-    file, options = folder / "looks.json", list(map(str, options))
-    if file.is_file():
-        kept = json.loads(file.read_text())
-        require(kept["options"] == options,
-                f"{file} is of a run with {' '.join(kept['options'])}, and now it would be with "
-                f"{' '.join(options)}; remove the folder, or give another --out")
-        return {int(step): found for step, found in kept["looks"].items()}
-    looks = steps_of(args)
+def kept(file, key, make):
+    """What the JSON file keeps, or make() if it keeps nothing or what was made with another key."""
+    found = read_json(file) if file.is_file() else {}
+    if found.get("with") != key:
+        found = {"with": key, "found": make()}
+        write_whole(file, json.dumps(found, indent=1))
+    return found["found"]
+
+
+def distil(folder, options, measures, looks):
+    """Train a student in `folder` with options of train.py, and keep its pictures at each look."""
+    args, file = measures.args, folder / "made-with.txt"
+    now = " ".join(map(str, options)) + f" ({args.n} x {args.limit} pictures, w {args.guidance:g})"
+    before = file.read_text() if file.is_file() else now
+    require(before == now, f"{folder} is of a run with {before}, and now it would be with {now}; "
+                           "remove the folder, or give another --out")
+    write_whole(file, now)
+    if all(pictures_at(folder, step).is_file() for step in looks):
+        return
     python("train.py", "--out", folder, "--steps", looks[-1], "--checkpoint-every",
            math.gcd(*looks), "--keep", looks[-1], "--sample-every", looks[-1], *options)
-    found, before = {}, 0
     for step in looks:
         student = folder / f"checkpoints/step-{step:06d}/unet_target"
         require_trained(student)
         images = measures.draw(student, 2, "lcm", args.n)
-        found[step] = measures(images) | follows(folder, before, step)
-        before = step
+        torch.save(images, pictures_at(folder, step))
     save_png(grid(images[:12], 12), folder / "last.png")
-    write_whole(file, json.dumps({"options": options, "looks": found}, indent=1))
     shutil.rmtree(folder / "checkpoints")  # gigabytes, over all runs
-    return found
 
 
-def fingerprint(rewards):
-    """Of the pocket's networks and of the rewards, so that what was made with others is not taken
-    for theirs."""
+def pictures_at(folder, step):
+    return folder / f"pictures-{step:06d}.pt"
+
+
+def measured(folder, options, measures, looks):
+    """-> {step: measures} of the student that these options of train.py make"""
+    def measure():
+        found = {}
+        for before, step in zip([0, *looks], looks):
+            images = torch.load(pictures_at(folder, step))
+            found[step] = measures(images) | follows(folder, before, step)
+        return found
+
+    with alone(folder):
+        distil(folder, options, measures, looks)
+        found = kept(folder / "looks.json", measures.key, measure)
+    return {int(step): row for step, row in found.items()}
+
+
+def all_runs(args, out, measures, machine):
+    """Make and measure what is missing -> {name: {"path", "scale", "seeds": [looks of each]}}.
+    What another shell is at comes later."""
+    common = ["--lr-schedule", "constant", "--batch-size", args.batch_size, "--reward-batch",
+              args.batch_size, "--no-evaluate", *machine]
+    runs, found = settings(args), {}
+
+    def one(name, seed):
+        options = [trained_proxy(word, args, out, seed, machine) if word in PROXIES else word
+                   for word in runs[name][2]]
+        folder = out / f"{name.replace(' ', '-')}-{seed}"
+        return measured(folder, [*options, "--seed", seed, *common], measures, steps_of(args))
+
+    todo = [(name, seed) for seed in range(args.seeds) for name in runs]
+    while todo:
+        for job in todo:
+            with contextlib.suppress(Busy):
+                found[job] = one(*job)
+        left = [job for job in todo if job not in found]
+        if left == todo:
+            time.sleep(20)
+        todo = left
+    return {name: {"path": path, "scale": scale,
+                   "seeds": [found[name, seed] for seed in range(args.seeds)]}
+            for name, (path, scale, _) in runs.items()}
+
+
+def fingerprint(*networks):
+    """Of the pocket's networks and of others, so that what was made with others is not taken for
+    theirs."""
     digest = hashlib.sha256()
     for file in sorted([*POCKET.glob(f"*/{WEIGHTS}"), *POCKET.glob("*/model.safetensors")]):
         digest.update(file.read_bytes())
-    for reward in rewards.values():
-        for tensor in reward.state_dict().values():
+    for network in networks:
+        for tensor in network.state_dict().values():
             digest.update(tensor.float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
@@ -448,9 +516,9 @@ def load_rewards(args, device):
     return {"expert": expert} | third
 
 
-def record(args, out, rewards):
+def record(args, out, expert):
     """Write down what the runs in `out` are made with, or refuse a folder that holds others."""
-    made_with = dataclasses.asdict(args) | {"pocket": fingerprint(rewards)}
+    made_with = dataclasses.asdict(args) | {"pocket": fingerprint(expert)}
     for name in ("expert", "third", "judge"):  # the same in any checkout
         made_with[name] = made_with[name].replace(f"{POCKET.parent}/", "")
     same_options(out, made_with, MAY_CHANGE)
@@ -463,24 +531,16 @@ def main():
     device = pick_device(args.device)
     # what "auto" chose is kept when the runs go on elsewhere
     args.precision = precision_name(pick_precision(args.precision, device))
-    machine = ["--device", args.device, "--precision", args.precision]
-    common = ["--lr-schedule", "constant", "--batch-size", args.batch_size, "--reward-batch",
-              args.batch_size, "--no-evaluate", *machine]
     rewards = load_rewards(args, device)
     out = make_folder(args.out).resolve()
     # in float32, because bf16's steps near white would hide roughness
     measures = Measures(args, rewards, device, torch.float32)
-    record(args, out, measures.rewards)
+    record(args, out, rewards["expert"])
 
-    results = {}
-    for seed in range(args.seeds):
-        folders = proxies(args, out, seed, machine)
-        for name, (path, scale, options) in settings(args, folders).items():
-            folder = out / f"{name.replace(' ', '-')}-{seed}"
-            looks = measured(folder, [*options, "--seed", seed, *common], measures, args)
-            results.setdefault(name, {"path": path, "scale": scale, "seeds": []})
-            results[name]["seeds"].append(looks)
-    references = {name: measures(images) for name, images in measures.references().items()}
+    results = all_runs(args, out, measures,
+                       ["--device", args.device, "--precision", args.precision])
+    references = kept(out / "references.json", measures.key, lambda: {
+        name: measures(images) for name, images in measures.references().items()})
     print(report(references, results))
     document = {"references": references, "results": results}
     write_whole(out / "results.json", json.dumps(document, indent=1))

@@ -106,18 +106,22 @@ def load_optimizer(optimizer, newest, device):
 
 # ---------------------------------------------------------------------------------------- writing
 
-def lock(out):
-    """-> an open file that keeps other runs out of the folder as long as it is open, even if this
-    process is killed."""
-    file = open(out / ".lock", "w")  # noqa: SIM115 (stays open)
+class Busy(InputError):
+    """Another run is at work in the folder."""
+
+
+def lock(out, name=".lock"):
+    """-> an open file, of that name, that keeps other runs out of the folder as long as it is open,
+    even if this process is killed. Raises Busy if another keeps this one out."""
+    file = open(out / name, "w")  # noqa: SIM115 (stays open)
     if fcntl is None:
         return file
     os.register_at_fork(after_in_child=file.close)  # else a data loading process holds it too
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise InputError(f"--out {out}: another run is at work there; wait for it, stop it, "
-                         f"or give another --out") from None
+        raise Busy(f"--out {out}: another run is at work there; wait for it, stop it, or give "
+                   f"another --out") from None
     except OSError:
         pass  # a file system without locks
     return file

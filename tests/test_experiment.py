@@ -1,6 +1,9 @@
+import contextlib
 import json
 import re
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,9 +20,12 @@ import experiment
 
 
 def test_measures_of_several_rounds_are_the_means_over_rounds():
-    brightness = lambda images, prompts: images.mean(dim=(1, 2, 3))
+    class Brightness(torch.nn.Module):
+        def forward(self, images, prompts):
+            return images.mean(dim=(1, 2, 3))
+
     measures = experiment.Measures(
-        experiment.Config(limit=6), {"expert": brightness}, torch.device("cpu"), torch.float32)
+        experiment.Config(limit=6), {"expert": Brightness()}, torch.device("cpu"), torch.float32)
     rounds = [measures.round_trip, measures.round_trip.flip(0)]
     one, other = map(measures, rounds)
     both = measures(torch.cat(rounds))
@@ -106,8 +112,7 @@ def test_warped_pictures_keep_their_captions_labels_and_are_made_once(tmp_path, 
 
 def test_a_path_is_a_line_of_options_at_each_scale_and_plain_has_no_reward():
     args = experiment.Config(paths="never-fitted,direct,features", scales="16,1,.5", rm_lr=0.5)
-    folders = {"LATENT_RM": "L", "TEACHER_RM": "T"}
-    runs = experiment.settings(args, folders)
+    runs = experiment.settings(args)
     names = [f"{path} {times}x" for path in args.paths.split(",") for times in ("0.5", "1", "16")]
     assert list(runs) == ["plain", *names]
     value = lambda name, option: runs[name][2][runs[name][2].index(option) + 1]
@@ -115,13 +120,14 @@ def test_a_path_is_a_line_of_options_at_each_scale_and_plain_has_no_reward():
     assert runs["direct 16x"] == ("direct", 8, ["--reward", "pocket", "--reward-scale", 8.0])
     assert "--latent-rm" not in runs["direct 16x"][2]
     assert value("never-fitted 16x", "--rm-image-layers") == 0
-    assert value("never-fitted 16x", "--latent-rm") == "L"
-    assert value("features 1x", "--latent-rm") == "T" and value("features 1x", "--rm-lr") == 0.5
+    assert value("never-fitted 16x", "--latent-rm") == "LATENT_RM"
+    assert value("features 1x", "--latent-rm") == "TEACHER_RM"
+    assert value("features 1x", "--rm-lr") == 0.5
 
 
 def test_every_paths_options_are_options_of_train():
     args = experiment.Config(paths=",".join(experiment.PATHS), scales="1")
-    for _, _, options in experiment.settings(args, {}).values():
+    for _, _, options in experiment.settings(args).values():
         config = parse(train.Config(), "", list(map(str, options)), presets=train.PRESETS,
                        published=train.PUBLISHED)
         train.check(config)
@@ -152,17 +158,78 @@ def test_what_no_run_could_use_is_refused_before_the_first_one_and_leaves_no_rec
     assert word in message and message.count("\n") == 1 and not (tmp_path / "config.json").exists()
 
 
-def test_a_run_that_was_measured_with_other_options_is_not_taken_for_this_one(tmp_path):
-    looks = {"options": ["--reward-jitter", "0.05"], "looks": {"10": {"judge": 1.0}}}
-    (tmp_path / "looks.json").write_text(json.dumps(looks))
-    found = experiment.measured(tmp_path, ["--reward-jitter", 0.05], None, None)
-    assert found == {10: {"judge": 1.0}}
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """Stand-ins for the trainings, which log their options, and for the measures."""
+    trained = []
+
+    def python(script, *options):
+        options = list(map(str, options))
+        out = Path(options[options.index("--out") + 1])
+        trained.append((script, out.name))
+        (out / "log.jsonl").touch()
+        for step in (1, 2):
+            (out / f"checkpoints/step-{step:06d}/unet_target").mkdir(parents=True)
+        (out / "latent_rm").mkdir()
+
+    monkeypatch.setattr(experiment, "python", python)
+    monkeypatch.setattr(experiment, "warped_latents", lambda *options: "latents")
+    monkeypatch.setattr(experiment.time, "sleep", lambda seconds: trained.append("waits"))
+    class Brightness(SimpleNamespace):
+        def draw(self, folder, steps, solver, n):
+            return torch.zeros(2 * n, 3, 8, 8)
+
+        def __call__(self, images):
+            return {"judge": images.mean().item()}
+
+    args = experiment.Config(paths="direct,proxy", scales="1,4", seeds=2, looks="1,2", n=1)
+    measures = Brightness(args=args, key="one judge")
+    return SimpleNamespace(
+        args=args, measures=measures, trained=trained,
+        all=lambda: experiment.all_runs(args, tmp_path, measures, []))
+
+
+def test_runs_are_made_once_and_other_measures_need_no_other_training(runs, tmp_path):
+    results = runs.all()
+    assert results["proxy 4x"] == {
+        "path": "proxy", "scale": 2.0, "seeds": [{1: {"judge": 0.0}, 2: {"judge": 0.0}}] * 2}
+    names = [name for _, name in runs.trained]
+    assert len(names) == len(set(names)) == 2 * (1 + 2 + 1 + 2)  # a proxy is trained once a seed
+    assert runs.all() == results and len(runs.trained) == 12
+    torch.save(torch.ones(2, 3, 8, 8), tmp_path / "plain-1/pictures-000002.pt")
+    assert runs.all() == results
+    runs.measures.key = "another judge"
+    assert runs.all()["plain"]["seeds"][1] == {1: {"judge": 0.0}, 2: {"judge": 1.0}}
+    assert len(runs.trained) == 12
+
+
+def test_what_another_shell_is_at_comes_later(runs, tmp_path, monkeypatch):
+    others = contextlib.ExitStack()
+    for name in ("plain-0", "latent_rm-1"):
+        others.enter_context(experiment.alone(tmp_path / name))
+    busy = ["plain-0", "latent_rm-1", "proxy-1x-1", "proxy-4x-1"]
+
+    def sleep(seconds):
+        assert not {name for _, name in runs.trained} & set(busy)
+        others.close()  # the other shell has given up
+
+    monkeypatch.setattr(experiment.time, "sleep", sleep)
+    assert len(runs.all()["plain"]["seeds"]) == 2
+    assert [name for _, name in runs.trained[-4:]] == busy
+
+
+def test_a_run_that_was_made_with_other_options_is_not_taken_for_this_one(runs, tmp_path):
+    experiment.measured(tmp_path / "run", ["--reward-jitter", 0.05], runs.measures, [1, 2])
     with pytest.raises(InputError, match="--reward-jitter 0.1"):
-        experiment.measured(tmp_path, ["--reward-jitter", 0.1], None, None)
+        experiment.measured(tmp_path / "run", ["--reward-jitter", 0.1], runs.measures, [1, 2])
+    runs.args.n = 2
+    with pytest.raises(InputError, match=r"now it would be with .* \(2 x 256 pictures"):
+        experiment.measured(tmp_path / "run", ["--reward-jitter", 0.05], runs.measures, [1, 2])
 
 
 def test_record_refuses_other_runs_and_lets_the_choice_of_runs_change(tmp_path):
-    record = lambda config, out, rewards={}: experiment.record(config, out, rewards)
+    own = torch.nn.Linear(1, 1)
+    record = lambda config, out, expert=own: experiment.record(config, out, expert)
     record(experiment.Config(), tmp_path)
     free = experiment.Config(seeds=5, scales="1", paths="direct", device="cuda:1", out="elsewhere")
     record(free, tmp_path)
@@ -175,7 +242,7 @@ def test_record_refuses_other_runs_and_lets_the_choice_of_runs_change(tmp_path):
         with pytest.raises(InputError, match=re.escape(word)):
             record(experiment.Config(**change), tmp_path)
     with pytest.raises(InputError, match="pocket"):  # another expert's weights
-        record(experiment.Config(), tmp_path, {"expert": torch.nn.Linear(2, 2)})
+        record(experiment.Config(), tmp_path, torch.nn.Linear(2, 2))
 
 
 def test_follows_is_the_agreement_since_the_last_look(tmp_path):
