@@ -46,6 +46,7 @@ import functools
 import gc
 import itertools
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -115,6 +116,7 @@ def random_model(device, dtype):
                     UNet(UNetConfig(time_cond_proj_dim=train.W_DIM)))
     vae, text_encoder, unet = (net.to(dtype).eval().requires_grad_(False) for net in networks)
     vae.to(memory_format=torch.channels_last)  # as VAE.from_pretrained does at this size
+    prepare_for_inference(vae)
     return Pipeline(vae, text_encoder, NoiseSchedule(device=device), device, dtype), unet
 
 
@@ -366,10 +368,15 @@ def count_tflop(call):
     fused = torch.backends.mha.get_fastpath_enabled()
     # the counter does not know the fused layers that towers without gradient run as
     torch.backends.mha.set_fastpath_enabled(False)
-    packed = {torch.ops.mkldnn._convolution_pointwise: (
-        lambda x, weight, *options, out_shape, **more: conv_flop_count(x, weight, out_shape))}
+    known = {}
+    if hasattr(torch.ops.mkldnn, "_convolution_pointwise"):  # nor oneDNN's, in a build that has it
+        known = {
+            torch.ops.mkldnn._convolution_pointwise: (
+                lambda x, weight, *rest, out_shape, **more: conv_flop_count(x, weight, out_shape)),
+            torch.ops.mkldnn._linear_pointwise: (
+                lambda x, weight, *rest, out_shape, **more: 2 * math.prod(out_shape) * x[-1])}
     try:
-        with FlopCounterMode(display=False, custom_mapping=packed) as counter:
+        with FlopCounterMode(display=False, custom_mapping=known) as counter:
             call()
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)

@@ -32,7 +32,7 @@ class Pipeline:
     def from_pretrained(cls, path, device, dtype):
         """path: a model folder, a single-file checkpoint or a hub id. Raises InputError if a part
         is missing or does not fit."""
-        vae = VAE.from_pretrained(path, dtype, device).requires_grad_(False)
+        vae = prepare_for_inference(VAE.from_pretrained(path, dtype, device).requires_grad_(False))
         text_encoder = TextEncoder.from_pretrained(path, dtype, device).requires_grad_(False)
         schedule = NoiseSchedule(ScheduleConfig.from_pretrained(path), device)
         return cls(vae, text_encoder, schedule, device, dtype)

@@ -19,9 +19,10 @@ seeds have theirs, so that it is not chosen for its own luck. Every step's gradi
 the same length, so at large scales the reward has nearly all of it, and more scale adds little.
 
 Resumable: the same command goes on where it stopped. Given in several shells at once, each takes
-runs that no other is at (on a CPU, one with OMP_NUM_THREADS=1 for each core is the fastest). The
-pictures of every look are kept, so other measures need no other training, and the folders of the
-plain runs may be copied to another experiment's --out.
+runs that no other is at (on a CPU, one with OMP_NUM_THREADS=1 for each core is the fastest; a file
+system without locks keeps no shell out). The pictures of every look are kept, 25 MB each by
+default, so other rewards and judges need no other training, and the folders of the plain runs may
+be copied to another experiment's --out.
 
 The measures, on 2-step pictures of the held-out prompts with the same noise for every student:
 
@@ -43,6 +44,7 @@ The measures, on 2-step pictures of the held-out prompts with the same noise for
 """
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import io
@@ -83,10 +85,10 @@ from support.cli import (
 from support.drawn import draw_all
 from support.metrics import covered, diversity, frechet_distance, high_frequency, roughness
 from support.runs import same_options
-from support.weights import WEIGHTS, read_json, write_whole
+from support.weights import WEIGHTS, read_json, whole_file, write_whole
 from unet import UNet
 
-# {its folder's name: options of latent_rm.py} of the proxies that are trained before the students
+# {what stands for its folder in PATHS: options of latent_rm.py} of proxies, which train beforehand
 PROXIES = {
     "LATENT_RM": ["--text-tower", POCKET / "reward" / WEIGHTS, "--no-train-text"],
     "TEACHER_RM": ["--backbone", "teacher"],
@@ -138,7 +140,7 @@ class Config:
     out: str = option("runs/experiment", "folder for the runs, results.json, and the figures")
 
 
-# What may differ when the command is repeated: the choice of runs
+# What may differ when the command is repeated: the choice of runs, and who else measures them
 MAY_CHANGE = {"paths", "scales", "seeds", "third", "judge", "device", "out"}
 
 
@@ -159,7 +161,7 @@ class Measures:
                 f"--judge {args.judge}: has no image features for the Frechet distance; "
                 "expected a CLIP, such as pocket=FOLDER")
         self.rewards = rewards | {"judge": judge}
-        # changes with whoever measures
+        # changes with whoever measures; a change of how they do is not seen
         self.key = [args.expert, args.third, fingerprint(*self.rewards.values())]
         self.features = self.features_of(self.real)
         self.round_trip = self.model.round_trip(self.real)
@@ -239,11 +241,12 @@ def trained_proxy(kind, args, out, seed, common):
     """-> the run folder of a pre-trained proxy. kind: a key of PROXIES"""
     with alone(out / f"{kind.lower()}-{seed}") as folder:
         if not (folder / "latent_rm").is_dir():
+            lock(folder).close()
             latents = warped_latents(out / "warped", args.copies, *common)
             python("latent_rm.py", "--data", latents, "--heldout", HELDOUT, "--out", folder,
                    "--steps", args.rm_steps, "--seed", seed, *PROXIES[kind], *common)
             require_trained(folder / "latent_rm")
-            shutil.rmtree(folder / "checkpoints")
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return folder
 
 
@@ -284,33 +287,44 @@ def kept(file, key, make):
     return found["found"]
 
 
-def distil(folder, options, measures, looks):
+def distil(folder, options, measures, looks, machine):
     """Train a student in `folder` with options of train.py, and keep its pictures at each look."""
-    args, file = measures.args, folder / "made-with.txt"
-    now = " ".join(map(str, options)) + f" ({args.n} x {args.limit} pictures, w {args.guidance:g})"
-    before = file.read_text() if file.is_file() else now
-    require(before == now, f"{folder} is of a run with {before}, and now it would be with {now}; "
-                           "remove the folder, or give another --out")
-    write_whole(file, now)
-    if all(pictures_at(folder, step).is_file() for step in looks):
-        return
-    python("train.py", "--out", folder, "--steps", looks[-1], "--checkpoint-every",
-           math.gcd(*looks), "--keep", looks[-1], "--sample-every", looks[-1], *options)
-    for step in looks:
-        student = folder / f"checkpoints/step-{step:06d}/unet_target"
-        require_trained(student)
-        images = measures.draw(student, 2, "lcm", args.n)
-        torch.save(images, pictures_at(folder, step))
-    save_png(grid(images[:12], 12), folder / "last.png")
-    shutil.rmtree(folder / "checkpoints")  # gigabytes, over all runs
+    if not all(pictures_at(folder, step).is_file() for step in looks):
+        lock(folder).close()  # Busy if a training outlived the shell that began it
+        python("train.py", "--out", folder, "--steps", looks[-1], "--checkpoint-every",
+               math.gcd(*looks), "--keep", looks[-1], "--sample-every", looks[-1], *options,
+               *machine)
+        for step in looks:
+            student = folder / f"checkpoints/step-{step:06d}/unet_target"
+            require_trained(student)
+            images = measures.draw(student, 2, "lcm", measures.args.n)
+            save_png(grid(images[:12], 12), folder / "last.png")
+            with whole_file(pictures_at(folder, step)) as new:
+                torch.save(images, new)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # gigabytes, over all runs
 
 
 def pictures_at(folder, step):
     return folder / f"pictures-{step:06d}.pt"
 
 
-def measured(folder, options, measures, looks):
-    """-> {step: measures} of the student that these options of train.py make"""
+def made_with(folder, options, args):
+    """Write down what the pictures in `folder` are made with, or refuse others. options: of
+    train.py, but for those of the machine and with the names of PROXIES for their folders"""
+    file = folder / "made-with.txt"
+    now = (" ".join(map(str, options)) + f" ({args.n} x {args.limit} pictures, w {args.guidance:g},"
+           f" {args.precision}, pocket {fingerprint()[:12]})")
+    before = file.read_text() if file.is_file() else now
+    require(before == now, f"{folder} is of a run with {before}, and now it would be with {now}; "
+                           "remove the folder, or give another --out")
+    write_whole(file, now)
+
+
+def measured(folder, options, proxies, measures, machine=()):
+    """-> {step: measures} of the student that these options of train.py make. proxies: {their name
+    in the options: function that gives the folder}"""
+    args, looks = measures.args, steps_of(measures.args)
+
     def measure():
         found = {}
         for before, step in zip([0, *looks], looks):
@@ -319,36 +333,52 @@ def measured(folder, options, measures, looks):
         return found
 
     with alone(folder):
-        distil(folder, options, measures, looks)
-        found = kept(folder / "looks.json", measures.key, measure)
+        made_with(folder, options, args)
+        options = [proxies[word]() if word in proxies else word for word in options]
+        distil(folder, options, measures, looks, machine)
+        found = kept(folder / "looks.json", [*measures.key, looks], measure)
     return {int(step): row for step, row in found.items()}
 
 
-def all_runs(args, out, measures, machine):
-    """Make and measure what is missing -> {name: {"path", "scale", "seeds": [looks of each]}}.
-    What another shell is at comes later."""
-    common = ["--lr-schedule", "constant", "--batch-size", args.batch_size, "--reward-batch",
-              args.batch_size, "--no-evaluate", *machine]
-    runs, found = settings(args), {}
+def referred(folder, measures):
+    """-> {name: measures} of pictures that no student drew."""
+    with alone(folder):
+        return kept(folder / "looks.json", measures.key, lambda: {
+            name: measures(images) for name, images in measures.references().items()})
 
-    def one(name, seed):
-        options = [trained_proxy(word, args, out, seed, machine) if word in PROXIES else word
-                   for word in runs[name][2]]
-        folder = out / f"{name.replace(' ', '-')}-{seed}"
-        return measured(folder, [*options, "--seed", seed, *common], measures, steps_of(args))
 
-    todo = [(name, seed) for seed in range(args.seeds) for name in runs]
-    while todo:
-        for job in todo:
+def done(jobs):
+    """{key: function} -> {key: what it returns}. What another shell is at comes later."""
+    found, left = {}, list(jobs)
+    while left:
+        for key in left:
             with contextlib.suppress(Busy):
-                found[job] = one(*job)
-        left = [job for job in todo if job not in found]
-        if left == todo:
+                found[key] = jobs[key]()
+        before, left = left, [key for key in left if key not in found]
+        if left == before:
             time.sleep(20)
-        todo = left
-    return {name: {"path": path, "scale": scale,
-                   "seeds": [found[name, seed] for seed in range(args.seeds)]}
-            for name, (path, scale, _) in runs.items()}
+    return found
+
+
+def all_runs(args, out, measures, machine):
+    """Make and measure what is missing -> references, {name: {"path", "scale", "seeds": [looks of
+    each]}}"""
+    common = ["--lr-schedule", "constant", "--batch-size", args.batch_size, "--reward-batch",
+              args.batch_size, "--no-evaluate"]
+    runs, jobs = settings(args), {}
+    for seed in range(args.seeds):
+        proxies = {kind: functools.partial(trained_proxy, kind, args, out, seed, machine)
+                   for kind in PROXIES}
+        for name, (_, _, options) in runs.items():
+            jobs[name, seed] = functools.partial(
+                measured, out / f"{name.replace(' ', '-')}-{seed}",
+                [*options, "--seed", seed, *common], proxies, measures, machine)
+    jobs["references"] = functools.partial(referred, out / "references", measures)
+    found = done(jobs)
+    return found["references"], {
+        name: {"path": path, "scale": scale,
+               "seeds": [found[name, seed] for seed in range(args.seeds)]}
+        for name, (path, scale, _) in runs.items()}
 
 
 def fingerprint(*networks):
@@ -516,6 +546,14 @@ def load_rewards(args, device):
     return {"expert": expert} | third
 
 
+def chosen_precision(args, out, device):
+    """Its name. What "auto" chose, by a timing, is kept when the runs go on."""
+    before = out / "config.json"
+    if args.precision == "auto" and before.is_file():
+        return read_json(before)["precision"]
+    return precision_name(pick_precision(args.precision, device))
+
+
 def record(args, out, expert):
     """Write down what the runs in `out` are made with, or refuse a folder that holds others."""
     made_with = dataclasses.asdict(args) | {"pocket": fingerprint(expert)}
@@ -529,18 +567,15 @@ def main():
     args = parse(Config(), __doc__)
     check(args)
     device = pick_device(args.device)
-    # what "auto" chose is kept when the runs go on elsewhere
-    args.precision = precision_name(pick_precision(args.precision, device))
     rewards = load_rewards(args, device)
     out = make_folder(args.out).resolve()
+    args.precision = chosen_precision(args, out, device)
     # in float32, because bf16's steps near white would hide roughness
     measures = Measures(args, rewards, device, torch.float32)
     record(args, out, rewards["expert"])
 
-    results = all_runs(args, out, measures,
-                       ["--device", args.device, "--precision", args.precision])
-    references = kept(out / "references.json", measures.key, lambda: {
-        name: measures(images) for name, images in measures.references().items()})
+    references, results = all_runs(
+        args, out, measures, ["--device", args.device, "--precision", args.precision])
     print(report(references, results))
     document = {"references": references, "results": results}
     write_whole(out / "results.json", json.dumps(document, indent=1))

@@ -116,14 +116,15 @@ def lock(out, name=".lock"):
     file = open(out / name, "w")  # noqa: SIM115 (stays open)
     if fcntl is None:
         return file
-    os.register_at_fork(after_in_child=file.close)  # else a data loading process holds it too
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        file.close()
         raise Busy(f"--out {out}: another run is at work there; wait for it, stop it, or give "
                    f"another --out") from None
     except OSError:
         pass  # a file system without locks
+    os.register_at_fork(after_in_child=file.close)  # else a data loading process holds it too
     return file
 
 

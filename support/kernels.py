@@ -26,9 +26,9 @@ def attention(q, k, v, upcast=False):
     if (q.device.type != "cpu" or q.dtype != torch.bfloat16 or wanted or is_traced()
             or has_matrix_units()):
         return F.scaled_dot_product_attention(q, k, v)
-    shape = q.shape
+    shape, scale = q.shape, q.shape[-1] ** -0.5
     q, k, v = (x.flatten(0, 1).contiguous() for x in (q, k, v))  # [B * heads, L, d]
-    keys, out = (k * shape[-1] ** -0.5).transpose(1, 2), torch.empty_like(q)
+    keys, out = k.transpose(1, 2), torch.empty_like(q)
     some = keys[:, :, ::4].contiguous()
     rows = max(1, SCORES // (keys.shape[0] * keys.shape[2]))
     for first in range(0, q.shape[1], rows):
@@ -37,8 +37,8 @@ def attention(q, k, v, upcast=False):
         # the greatest of its row is taken off each score before it is rounded: those that count
         # are small then, and their shares nearly as good as those of float32 scores.
         greatest = torch.bmm(part, some).amax(dim=-1, keepdim=True)
-        shares = torch.baddbmm(greatest, part, keys, beta=-1).softmax(dim=-1)
-        out[:, first:first + rows] = torch.bmm(shares, v)
+        scores = torch.baddbmm(greatest, part, keys, beta=-scale, alpha=scale)
+        out[:, first:first + rows] = torch.bmm(scores.softmax(dim=-1), v)
     return out.unflatten(0, shape[:2])
 
 
@@ -61,10 +61,11 @@ def is_traced():
 def prepare_for_inference(network):
     """Let the convolutions and linear layers of a frozen network keep their weights in oneDNN's
     layout too: PyTorch keeps only the plain one, and brings it into the other at every call, which
-    at SD2.1's 16x16 and 8x8 pixels takes as long as the convolution. -> the network
+    at SD2.1's 16x16 and 8x8 pixels takes as long as the convolution. And let pictures be doubled by
+    PackedUpsample. -> the network
 
     The first call packs; a weight that has changed since is packed anew. Parameters, state_dict()
-    and saving stay as they are. Memory grows by the packed copy, at most the size of the weights.
+    and saving stay as they are. Memory grows by the packed copy, little more than the weights.
     Where a gradient is wanted, under autocast or torch.compile and on CUDA, nothing changes."""
     for module in network.modules():
         module.__class__ = PACKED.get(type(module), type(module))
@@ -75,20 +76,24 @@ class Packs:
     """What the layers below share. packed: (what it was made from, weights in oneDNN's layout)."""
     packed = None
 
-    def packed_weight(self, x):
-        """The weight in oneDNN's layout, or None: the plain way is to be gone."""
-        weight = self.weight
-        wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-        if (wanted or x.device.type != "cpu" or x.dtype != weight.dtype or is_traced()
-                or torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.is_available()):
+    def packed_weight(self, x, layer=None):
+        """What `pack` makes of the weight of the layer, which is this one if left out; or None: the
+        plain way is to be taken."""
+        layer = layer or self
+        weight, wants = layer.weight, [x, *layer.parameters()]
+        if (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in wants)
+                or x.device.type != "cpu" or x.dtype != weight.dtype or is_traced()
+                or torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.is_available()
+                or weight.is_inference()):  # which does not count its changes
             return None
-        version = None if weight.is_inference() else weight._version
-        origin = weight.data_ptr(), version, weight.dtype, weight.shape
+        origin = weight.data_ptr(), weight._version, weight.dtype, weight.shape
         if self.packed is None or self.packed[0] != origin:
             try:
-                self.packed = origin, self.pack(x)
+                made = self.pack(x)
             except (AttributeError, RuntimeError):  # private operators may change
-                self.packed = origin, None
+                made = None
+            # the plain weight stays too, so that no other can come to lie at its address
+            self.packed = origin, made, weight.detach()
         return self.packed[1]
 
     def __getstate__(self):  # a copy packs its own
@@ -123,24 +128,25 @@ class PackedLinear(Packs, nn.Linear):
         return torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, "none", [], "")
 
 
-PACKED = {nn.Conv2d: PackedConv2d, nn.Linear: PackedLinear}
-
-
-class Upsample(Packs, nn.Module):
-    """The nearest neighbours' picture twice as large, then a 3x3 convolution of it.
-
-    Of three neighbours in the large picture two are one pixel of the small one. So each of the four
-    that a pixel becomes is a 2x2 convolution of the small picture, whose weights are sums: 4/9 of
-    the arithmetic, and the large picture is never made. Where Packs gives no weights, it is."""
-    geometry = [1, 1], [1, 1], [1, 1], 1  # padding, stride, dilation, groups
+class Upsample(nn.Module):
+    """The picture twice as large by nearest neighbours, then a 3x3 convolution."""
 
     def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    @property
-    def weight(self):
-        return self.conv.weight
+    def forward(self, x, size=None):
+        """x: [B,C,H,W] -> [B,C,*size]. size: (2H, 2W) if left out; a UNet that has halved an odd
+        one asks for one less."""
+        size = size or (2 * x.shape[2], 2 * x.shape[3])
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+
+
+class PackedUpsample(Packs, Upsample):
+    """The same without the large picture. Of three neighbours in it two are one pixel of the small
+    one. So each of the four that a pixel becomes is a 2x2 convolution of the small picture, whose
+    weights are sums: 4/9 of the arithmetic."""
+    geometry = [1, 1], [1, 1], [1, 1], 1  # padding, stride, dilation, groups
 
     def pack(self, x):
         def halves(weight, dim):  # what the first and the second of two neighbours see
@@ -148,28 +154,27 @@ class Upsample(Packs, nn.Module):
             return (torch.stack((before, here + after), dim),
                     torch.stack((before + here, after), dim))
 
+        weight = self.conv.weight.detach().float()
         return [torch.ops.mkldnn._reorder_convolution_weight(
                     part.to(x.dtype), *self.geometry, list(x.shape))
-                for half in halves(self.weight.detach().float(), 2) for part in halves(half, 3)]
+                for half in halves(weight, 2) for part in halves(half, 3)]
 
     def forward(self, x, size=None):
-        """x: [B,C,H,W] -> [B,C,*size]. size: of the large picture, (2H, 2W) if left out; a UNet
-        asks for one less where it had halved an odd one."""
         height, width = x.shape[2:]
-        double = 2 * height, 2 * width
-        size = tuple(size or double)
-        alone = type(self.conv) in PACKED.keys() | PACKED.values()  # and adds no LoRA's update
-        packed = self.packed_weight(x) if alone and size == double else None
-        if packed is None:
-            return self.conv(F.interpolate(x, size=size, mode="nearest"))
-        channels_last = x.is_contiguous(memory_format=torch.channels_last)
-        out = torch.empty(*x.shape[:2], *size, dtype=x.dtype, memory_format=(
-            torch.channels_last if channels_last else torch.contiguous_format))
+        # another class of convolution adds a LoRA's update
+        packed = self.packed_weight(x, self.conv) if type(self.conv) is PackedConv2d else None
+        if packed is None or tuple(size or ()) not in ((), (2 * height, 2 * width)):
+            return super().forward(x, size)
+        out = torch.empty(*x.shape[:2], 2 * height, 2 * width, dtype=x.dtype, device=x.device,
+                          memory_format=torch.channels_last)  # as the parts have it
         for weight, (row, column) in zip(packed, ((0, 0), (0, 1), (1, 0), (1, 1))):
             part = torch.ops.mkldnn._convolution_pointwise(
                 x, weight, self.conv.bias, *self.geometry, "none", [], "")
             out[:, :, row::2, column::2] = part[:, :, row:row + height, column:column + width]
         return out
+
+
+PACKED = {nn.Conv2d: PackedConv2d, nn.Linear: PackedLinear, Upsample: PackedUpsample}
 
 
 def compile_blocks(network, kinds, **options):

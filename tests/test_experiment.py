@@ -1,6 +1,7 @@
 import contextlib
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from PIL import Image
 import train
 from conftest import ROOT, call
 from data import Shards
+from support.checkpoints import lock
 from support.cli import parse
 from support.weights import InputError
 
@@ -160,78 +162,127 @@ def test_what_no_run_could_use_is_refused_before_the_first_one_and_leaves_no_rec
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
-    """Stand-ins for the trainings, which log their options, and for the measures."""
+    """Stand-ins for the trainings, of which each is listed, and for the measures."""
     trained = []
 
     def python(script, *options):
         options = list(map(str, options))
         out = Path(options[options.index("--out") + 1])
-        trained.append((script, out.name))
+        trained.append(out.name)
+        if script == "train.py" and "--latent-rm" in options:
+            assert Path(options[options.index("--latent-rm") + 1], "latent_rm").is_dir()
         (out / "log.jsonl").touch()
         for step in (1, 2):
             (out / f"checkpoints/step-{step:06d}/unet_target").mkdir(parents=True)
         (out / "latent_rm").mkdir()
 
-    monkeypatch.setattr(experiment, "python", python)
-    monkeypatch.setattr(experiment, "warped_latents", lambda *options: "latents")
-    monkeypatch.setattr(experiment.time, "sleep", lambda seconds: trained.append("waits"))
     class Brightness(SimpleNamespace):
         def draw(self, folder, steps, solver, n):
             return torch.zeros(2 * n, 3, 8, 8)
 
+        def references(self):
+            return {"white": torch.ones(2, 3, 8, 8)}
+
         def __call__(self, images):
             return {"judge": images.mean().item()}
 
+    monkeypatch.setattr(experiment, "python", python)
+    monkeypatch.setattr(experiment, "warped_latents", lambda *options: "latents")
+    monkeypatch.setattr(experiment, "fingerprint", lambda: "0123456789abcdef")
     args = experiment.Config(paths="direct,proxy", scales="1,4", seeds=2, looks="1,2", n=1)
-    measures = Brightness(args=args, key="one judge")
+    measures = Brightness(args=args, key=["one judge"])
     return SimpleNamespace(
-        args=args, measures=measures, trained=trained,
-        all=lambda: experiment.all_runs(args, tmp_path, measures, []))
+        args=args, measures=measures, trained=trained, out=tmp_path,
+        all=lambda: experiment.all_runs(args, tmp_path, measures, []),
+        one=lambda name, *options: experiment.measured(tmp_path / name, options, {}, measures))
 
 
-def test_runs_are_made_once_and_other_measures_need_no_other_training(runs, tmp_path):
-    results = runs.all()
+def test_runs_are_made_once_and_other_judges_need_no_other_training(runs):
+    references, results = runs.all()
+    assert references == {"white": {"judge": 1.0}}
     assert results["proxy 4x"] == {
         "path": "proxy", "scale": 2.0, "seeds": [{1: {"judge": 0.0}, 2: {"judge": 0.0}}] * 2}
-    names = [name for _, name in runs.trained]
-    assert len(names) == len(set(names)) == 2 * (1 + 2 + 1 + 2)  # a proxy is trained once a seed
-    assert runs.all() == results and len(runs.trained) == 12
-    torch.save(torch.ones(2, 3, 8, 8), tmp_path / "plain-1/pictures-000002.pt")
-    assert runs.all() == results
-    runs.measures.key = "another judge"
-    assert runs.all()["plain"]["seeds"][1] == {1: {"judge": 0.0}, 2: {"judge": 1.0}}
-    assert len(runs.trained) == 12
+    count = 2 * (1 + 2 + 1 + 2)  # a proxy is trained once a seed
+    assert len(runs.trained) == len(set(runs.trained)) == count
+    assert not [*runs.out.glob("*/checkpoints")]
+    torch.save(torch.ones(2, 3, 8, 8), runs.out / "plain-1/pictures-000002.pt")
+    assert runs.all()[1] == results
+    runs.measures.key = ["another judge"]
+    assert runs.all()[1]["plain"]["seeds"][1] == {1: {"judge": 0.0}, 2: {"judge": 1.0}}
+    assert len(runs.trained) == count
 
 
-def test_what_another_shell_is_at_comes_later(runs, tmp_path, monkeypatch):
+def test_pictures_appear_whole_or_not_at_all(runs, monkeypatch):
+    def killed(images, file):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiment.torch, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        runs.one("run")
+    monkeypatch.undo()
+    assert not [*runs.out.glob("run/pictures*")]
+
+
+def test_more_looks_are_measured_anew(runs):
+    runs.args.looks = "1"
+    assert list(runs.one("run")) == [1]
+    shutil.rmtree(runs.out / "run/latent_rm")
+    runs.args.looks = "1,2"
+    assert list(runs.one("run")) == [1, 2]
+
+
+def test_what_another_shell_is_at_comes_later(runs, monkeypatch):
     others = contextlib.ExitStack()
-    for name in ("plain-0", "latent_rm-1"):
-        others.enter_context(experiment.alone(tmp_path / name))
+    for name in ("plain-0", "latent_rm-1", "references"):
+        others.enter_context(experiment.alone(runs.out / name))
     busy = ["plain-0", "latent_rm-1", "proxy-1x-1", "proxy-4x-1"]
 
     def sleep(seconds):
-        assert not {name for _, name in runs.trained} & set(busy)
+        assert len(runs.trained) == 12 - len(busy) and not set(runs.trained) & set(busy)
         others.close()  # the other shell has given up
 
     monkeypatch.setattr(experiment.time, "sleep", sleep)
-    assert len(runs.all()["plain"]["seeds"]) == 2
-    assert [name for _, name in runs.trained[-4:]] == busy
+    references, results = runs.all()
+    assert references and len(results["plain"]["seeds"]) == 2 and runs.trained[-4:] == busy
 
 
-def test_a_run_that_was_made_with_other_options_is_not_taken_for_this_one(runs, tmp_path):
-    experiment.measured(tmp_path / "run", ["--reward-jitter", 0.05], runs.measures, [1, 2])
+def test_a_training_that_outlived_its_shell_is_left_alone(runs):
+    (runs.out / "run").mkdir()
+    with lock(runs.out / "run"), pytest.raises(experiment.Busy):
+        runs.one("run")
+    assert not runs.trained
+
+
+def test_a_run_that_was_made_with_other_options_is_not_taken_for_this_one(runs, monkeypatch):
+    runs.one("run", "--reward-jitter", 0.05)
     with pytest.raises(InputError, match="--reward-jitter 0.1"):
-        experiment.measured(tmp_path / "run", ["--reward-jitter", 0.1], runs.measures, [1, 2])
+        runs.one("run", "--reward-jitter", 0.1)
     runs.args.n = 2
     with pytest.raises(InputError, match=r"now it would be with .* \(2 x 256 pictures"):
-        experiment.measured(tmp_path / "run", ["--reward-jitter", 0.05], runs.measures, [1, 2])
+        runs.one("run", "--reward-jitter", 0.05)
+    runs.args.n = 1
+    monkeypatch.setattr(experiment, "fingerprint", lambda: "fedcba9876543210")
+    with pytest.raises(InputError, match="pocket fedcba987654"):
+        runs.one("run", "--reward-jitter", 0.05)
+
+
+def test_the_precision_that_auto_chose_is_kept(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(experiment, "pick_precision", lambda name, device: (
+        asked.append(name) or torch.bfloat16))
+    chosen = lambda name: experiment.chosen_precision(
+        experiment.Config(precision=name), tmp_path, None)
+    assert chosen("auto") == "bf16"
+    (tmp_path / "config.json").write_text('{"precision": "fp32"}')
+    assert chosen("auto") == "fp32" and asked == ["auto"]
 
 
 def test_record_refuses_other_runs_and_lets_the_choice_of_runs_change(tmp_path):
     own = torch.nn.Linear(1, 1)
     record = lambda config, out, expert=own: experiment.record(config, out, expert)
     record(experiment.Config(), tmp_path)
-    free = experiment.Config(seeds=5, scales="1", paths="direct", device="cuda:1", out="elsewhere")
+    free = experiment.Config(seeds=5, scales="1", paths="direct", device="cuda:1", out="elsewhere",
+                             third="jpeg", judge="pocket")
     record(free, tmp_path)
     for change, word in (
         ({"rm_lr": 1.0}, "rm_lr 0.0001 (now 1.0);"),
