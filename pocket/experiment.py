@@ -1,13 +1,16 @@
 """How far a student can be pushed along a reward before it gets worse, by each path: on the pocket.
 
-    python pocket/experiment.py                      # the pocket's reward
-    # the same without noise and blur in its training, which is easier to exploit
+    # the pocket's reward, and the same without noise and blur in its training as a third one
     python pocket/build.py --stages fragile --work runs/state
-    python pocket/experiment.py --expert pocket=runs/state/fragile --third pocket \\
-        --paths direct,proxy,features --out runs/experiment-fragile
+    python pocket/experiment.py --third pocket=runs/state/fragile
+    python pocket/experiment.py --third pocket=runs/state/fragile --paths never-fitted,at-24 \
+        --scales 1
+    # that one, which is easier to exploit
+    python pocket/experiment.py --expert pocket=runs/state/fragile --third pocket \
+        --paths direct,proxy --out runs/experiment-fragile
     # an expert without gradient, so through proxies alone
-    python pocket/experiment.py --expert jpeg --paths proxy,features --scales 0.25,1,4 \\
-        --rm-tau 0.1 --rm-lr 3e-4 --out runs/experiment-jpeg
+    python pocket/experiment.py --expert jpeg --paths proxy --scales 0.5 --rm-tau 0.1 \
+        --rm-lr 3e-4 --out runs/experiment-jpeg
 
 For each seed, students are distilled without reward, and by each path (PATHS) at several reward
 scales, long and at a constant rate. They are measured on the way, so that each path has a curve
@@ -20,9 +23,10 @@ the same length, so at large scales the reward has nearly all of it, and more sc
 
 Resumable: the same command goes on where it stopped. Given in several shells at once, each takes
 runs that no other is at (on a CPU, one with OMP_NUM_THREADS=1 for each core is the fastest; a file
-system without locks keeps no shell out). The pictures of every look are kept, 25 MB each by
-default, so other rewards and judges need no other training, and the folders of the plain runs may
-be copied to another experiment's --out.
+system without locks keeps no shell out). The tables and the figure have the runs of all commands
+with the same --out. The pictures of every look are kept, 25 MB each by default, so other rewards
+and judges need no other training, and the folders `references` and of the plain runs may be copied
+to another experiment's --out.
 
 The measures, on 2-step pictures of the held-out prompts with the same noise for every student:
 
@@ -117,11 +121,11 @@ KEYS = ("expert", "third", "judge", "distance", "recall", "diversity", "high fre
 class Config:
     expert: str = option(
         "pocket", "reward model that training maximises (reward.py)", group="the runs")
-    paths: str = option("direct,proxy,features", f"some of {', '.join(PATHS)}")
+    paths: str = option("direct,proxy,published", f"some of {', '.join(PATHS)}")
     scale: float = option(0.5, "reward scale 1x")
-    scales: str = option("1,4,16", "times that")
+    scales: str = option("1,8", "times that")
     seeds: int = option(3, "runs of each setting")
-    looks: str = option("100,200,400", "steps at which students are measured; the last one ends")
+    looks: str = option("100,200,300", "steps at which students are measured; the last one ends")
     batch_size: int = option(16, "pictures a step, all rewarded")
     copies: int = option(2, "warped copies of each training picture for the proxies' pre-training")
     rm_steps: int = option(400, "steps of the proxies' pre-training")
@@ -342,9 +346,14 @@ def measured(folder, options, proxies, measures, machine=()):
 
 def referred(folder, measures):
     """-> {name: measures} of pictures that no student drew."""
+    file = folder / "pictures.pt"
     with alone(folder):
+        made_with(folder, ["references"], measures.args)
+        if not file.is_file():
+            with whole_file(file) as new:
+                torch.save(measures.references(), new)
         return kept(folder / "looks.json", measures.key, lambda: {
-            name: measures(images) for name, images in measures.references().items()})
+            name: measures(images) for name, images in torch.load(file).items()})
 
 
 def done(jobs):
@@ -379,6 +388,20 @@ def all_runs(args, out, measures, machine):
         name: {"path": path, "scale": scale,
                "seeds": [found[name, seed] for seed in range(args.seeds)]}
         for name, (path, scale, _) in runs.items()}
+
+
+def with_earlier(file, references, results, key):
+    """Add to the results those that earlier commands have put in the file, if the key is the same,
+    and keep all there: so paths may be given other scales than other paths."""
+    found = read_json(file) if file.is_file() else {}
+    if found.get("with") == key:
+        earlier = {name: run | {"seeds": [{int(step): row for step, row in seed.items()}
+                                          for seed in run["seeds"]]}
+                   for name, run in found["results"].items()}
+        results = earlier | results
+    write_whole(file, json.dumps(
+        {"with": key, "references": references, "results": results}, indent=1))
+    return results
 
 
 def fingerprint(*networks):
@@ -486,7 +509,8 @@ def report(references, results):
 
 
 def draw_curves(results, file):
-    """The figure: judge, third reward, expert and distance over the amount of optimisation."""
+    """The figure: judge, third reward, expert and distance over the amount of optimisation. One
+    line for each reward scale, in the colour of its path."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -496,12 +520,15 @@ def draw_curves(results, file):
     figure, axes = plt.subplots(1, len(keys), figsize=(3.4 * len(keys), 3.2), squeeze=False)
     for axis, key in zip(axes[0], keys):
         axis.axhline(0, color="0.6", linewidth=1)
-        for path, some in points.items():
-            amounts, _, rows = zip(*some)
-            # [points, seeds]
-            values = torch.tensor([[row[key] for row in seeds] for seeds in rows])
-            spread = values.std(dim=1) if values.shape[1] > 1 else torch.zeros(len(values))
-            axis.errorbar(amounts, values.mean(dim=1), spread, label=path, capsize=2)
+        for number, (path, some) in enumerate(points.items()):
+            scales = sorted({amount / step for amount, step, _ in some})
+            for scale in scales:
+                amounts, _, rows = zip(*(one for one in some if one[0] / one[1] == scale))
+                # [points, seeds]
+                values = torch.tensor([[row[key] for row in seeds] for seeds in rows])
+                spread = values.std(dim=1) if values.shape[1] > 1 else torch.zeros(len(values))
+                axis.errorbar(amounts, values.mean(dim=1), spread, color=f"C{number}", marker=".",
+                              capsize=2, label=path if scale == scales[0] else None)
         axis.set(title=f"{key}, less plain's", xlabel="reward scale x steps", xscale="log")
     axes[0][0].legend(fontsize=7)
     figure.tight_layout()
@@ -520,10 +547,10 @@ def check(args):
     positive(args, "rm_lr", "rm_tau", "scale")
     require(re.fullmatch(r"\d*\.?\d+(,\d*\.?\d+)*", args.scales)
             and min(map(float, args.scales.split(","))) > 0,
-            f"--scales {args.scales}: expected numbers above 0, such as 1,4,16")
+            f"--scales {args.scales}: expected numbers above 0, such as 1,8")
     require(re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", args.looks)
             and steps_of(args)[-1] <= 20 * math.gcd(*steps_of(args)),
-            f"--looks {args.looks}: expected steps such as 100,200,400, whose common divisor, the "
+            f"--looks {args.looks}: expected steps such as 100,200,300, whose common divisor, the "
             "steps between two checkpoints, is a twentieth of the last or more")
     require(importlib.util.find_spec("matplotlib"),
             "the figure needs matplotlib: pip install 'rg-lcd[evaluate]'")
@@ -576,9 +603,9 @@ def main():
 
     references, results = all_runs(
         args, out, measures, ["--device", args.device, "--precision", args.precision])
+    results = with_earlier(out / "results.json", references, results,
+                           [*measures.key, steps_of(args), args.seeds])
     print(report(references, results))
-    document = {"references": references, "results": results}
-    write_whole(out / "results.json", json.dumps(document, indent=1))
     draw_curves(results, out / "curves.png")
     print(f"\n{out / 'curves.png'}  {out / 'results.json'}")
 

@@ -266,6 +266,17 @@ def test_a_run_that_was_made_with_other_options_is_not_taken_for_this_one(runs, 
         runs.one("run", "--reward-jitter", 0.05)
 
 
+def test_the_tables_have_the_runs_of_earlier_commands_too(tmp_path):
+    file, key = tmp_path / "results.json", ["judge", [10, 20]]
+    some = {name: RESULTS[name] for name in ("plain", "direct 1x")}
+    experiment.with_earlier(file, {}, RESULTS | {"proxy 1x": None}, ["another judge", [10, 20]])
+    assert experiment.with_earlier(file, {}, some, key) == some
+    others = {name: RESULTS[name] for name in RESULTS if name != "direct 1x"}
+    both = experiment.with_earlier(file, {"real": {"judge": 1.0}}, others, key)
+    assert both == RESULTS and json.loads(file.read_text())["references"]
+    assert "| direct | 20 | 20 |" in experiment.report({}, both)
+
+
 def test_the_precision_that_auto_chose_is_kept(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(experiment, "pick_precision", lambda name, device: (
@@ -286,7 +297,7 @@ def test_record_refuses_other_runs_and_lets_the_choice_of_runs_change(tmp_path):
     record(free, tmp_path)
     for change, word in (
         ({"rm_lr": 1.0}, "rm_lr 0.0001 (now 1.0);"),
-        ({"looks": "1", "expert": "jpeg"}, "expert pocket (now jpeg), looks 100,200,400 (now 1);"),
+        ({"looks": "1", "expert": "jpeg"}, "expert pocket (now jpeg), looks 100,200,300 (now 1);"),
         ({"precision": "bf16"}, "precision auto (now bf16);"),
         ({"n": 1}, "n 2 (now 1);"),  # the measures of earlier runs are kept
     ):
