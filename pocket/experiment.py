@@ -1,16 +1,17 @@
 """How far a student can be pushed along a reward before it gets worse, by each path: on the pocket.
 
-    # the pocket's reward, and the same without noise and blur in its training as a third one
+    # the pocket's reward; and the same without noise and blur in its training, as a third one
     python pocket/build.py --stages fragile --work runs/state
     python pocket/experiment.py --third pocket=runs/state/fragile
+    # more paths at other scales, in the same tables
     python pocket/experiment.py --third pocket=runs/state/fragile --paths never-fitted,at-24 \
         --scales 1
-    # that one, which is easier to exploit
-    python pocket/experiment.py --expert pocket=runs/state/fragile --third pocket \
-        --paths direct,proxy --out runs/experiment-fragile
+    # that other one is easier to exploit
+    python pocket/experiment.py --expert pocket=runs/state/fragile --third pocket --paths direct \
+        --out runs/experiment-fragile
     # an expert without gradient, so through proxies alone
-    python pocket/experiment.py --expert jpeg --paths proxy --scales 0.5 --rm-tau 0.1 \
-        --rm-lr 3e-4 --out runs/experiment-jpeg
+    python pocket/experiment.py --expert jpeg --paths proxy --rm-tau 0.1 --rm-lr 3e-4 \
+        --out runs/experiment-jpeg
 
 For each seed, students are distilled without reward, and by each path (PATHS) at several reward
 scales, long and at a constant rate. They are measured on the way, so that each path has a curve
