@@ -359,8 +359,9 @@ def test_rows_of_every_kind_stand_in_one_table(judged, tmp_path, model_folder):
     for row in found["rows"]:
         assert len(row["pictures"]) == 8 and len(row["pictures"][0]) == row["n"]
         assert all((tmp_path / "out" / file).is_file() for line in row["pictures"] for file in line)
-        # the same reward under another name
-        assert row["summary"]["pocket"] == row["summary"]["judge"]
+        # the same reward under another name; where its weights lie may change the last bit
+        one, other = (dict(row["summary"][name]) for name in ("pocket", "judge"))
+        assert one.pop("of") == other.pop("of") and one == pytest.approx(other, rel=1e-5)
     assert found["rows"][3]["name"] == "mine"
     assert (tmp_path / "out/grid.png").is_file() and "mine" in said
 
