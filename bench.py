@@ -582,13 +582,13 @@ def run_rows(args, device, dtype):
             pair[1].eval().requires_grad_(False)
         return pair
 
+    prepare_for_inference(unet)  # as Pipeline.load_unet does
     calls, theirs, networks = work(args, model, unet, trained, teacher), {}, []
     counted = [name for name in calls if name in args.rows and name != "optimizer"]
     tflop = {name: count_tflop(calls[name]) for name in counted}
     for peer in args.against:
         theirs[peer], found = work_of(peer, args, model, unet, trained)
         networks += found
-    prepare_for_inference(unet)  # as Pipeline.load_unet does
     if args.compile:
         compile_for_drawing(unet)
         for network in (teacher, *pair):
