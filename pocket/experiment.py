@@ -10,8 +10,8 @@
     python pocket/experiment.py --expert pocket=runs/state/fragile --third pocket --paths direct \
         --out runs/experiment-fragile
     # an expert without gradient, so through proxies alone
-    python pocket/experiment.py --expert jpeg --paths proxy --rm-tau 0.1 --rm-lr 3e-4 \
-        --out runs/experiment-jpeg
+    python pocket/experiment.py --expert jpeg --third pocket --paths proxy --scales 0.5 \
+        --rm-tau 0.1 --rm-lr 3e-4 --out runs/experiment-jpeg
 
 For each seed, students are distilled without reward, and by each path (PATHS) at several reward
 scales, long and at a constant rate. They are measured on the way, so that each path has a curve
