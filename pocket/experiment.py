@@ -4,13 +4,13 @@
     python pocket/build.py --stages fragile --work runs/state
     python pocket/experiment.py --third pocket=runs/state/fragile
     # more paths at other scales, in the same tables
-    python pocket/experiment.py --third pocket=runs/state/fragile --paths never-fitted,at-24 \
+    python pocket/experiment.py --third pocket=runs/state/fragile --paths never-fitted,at-24 \\
         --scales 1
     # that other one is easier to exploit
-    python pocket/experiment.py --expert pocket=runs/state/fragile --third pocket --paths direct \
+    python pocket/experiment.py --expert pocket=runs/state/fragile --third pocket --paths direct \\
         --out runs/experiment-fragile
     # an expert without gradient, so through proxies alone
-    python pocket/experiment.py --expert jpeg --third pocket --paths proxy --scales 0.5 \
+    python pocket/experiment.py --expert jpeg --third pocket --paths proxy --scales 0.5 \\
         --rm-tau 0.1 --rm-lr 3e-4 --out runs/experiment-jpeg
 
 For each seed, students are distilled without reward, and by each path (PATHS) at several reward
@@ -217,9 +217,11 @@ class Measures:
 
 @contextlib.contextmanager
 def alone(folder):
-    """Make the folder and keep other shells out of it; raises Busy if one is at work there."""
+    """Make the folder and keep other shells out of it; raises Busy if one is at work there, or a
+    training that has outlived its shell."""
     make_folder(folder)
     with lock(folder, ".claim"):
+        lock(folder).close()
         yield folder
 
 
@@ -246,7 +248,6 @@ def trained_proxy(kind, args, out, seed, common):
     """-> the run folder of a pre-trained proxy. kind: a key of PROXIES"""
     with alone(out / f"{kind.lower()}-{seed}") as folder:
         if not (folder / "latent_rm").is_dir():
-            lock(folder).close()
             latents = warped_latents(out / "warped", args.copies, *common)
             python("latent_rm.py", "--data", latents, "--heldout", HELDOUT, "--out", folder,
                    "--steps", args.rm_steps, "--seed", seed, *PROXIES[kind], *common)
@@ -295,7 +296,6 @@ def kept(file, key, make):
 def distil(folder, options, measures, looks, machine):
     """Train a student in `folder` with options of train.py, and keep its pictures at each look."""
     if not all(pictures_at(folder, step).is_file() for step in looks):
-        lock(folder).close()  # Busy if a training outlived the shell that began it
         python("train.py", "--out", folder, "--steps", looks[-1], "--checkpoint-every",
                math.gcd(*looks), "--keep", looks[-1], "--sample-every", looks[-1], *options,
                *machine)

@@ -80,8 +80,8 @@ class Packs:
         """What `pack` makes of the weight of the layer, which is this one if left out; or None: the
         plain way is to be taken."""
         layer = layer or self
-        weight, wants = layer.weight, [x, *layer.parameters()]
-        if (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in wants)
+        weight = layer.weight
+        if (torch.is_grad_enabled() and any(p.requires_grad for p in (x, *layer.parameters()))
                 or x.device.type != "cpu" or x.dtype != weight.dtype or is_traced()
                 or torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.is_available()
                 or weight.is_inference()):  # which does not count its changes
