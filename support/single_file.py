@@ -46,6 +46,9 @@ PREFIX = {
     "unet": "model.diffusion_model.",
     "vae": "first_stage_model.",
     "text_encoder": "cond_stage_model."}
+TEXT_PREFIX = {
+    "sd1": "cond_stage_model.transformer.text_model.",
+    "sd2": "cond_stage_model.model."}
 # of the tensors under the prefix, those passed over: training's leftovers and the last text layer
 IGNORED = {
     "unet": r"^$",
@@ -54,14 +57,13 @@ IGNORED = {
 
 
 def generation(keys):
-    """"sd1", "sd2", or None if these are not the keys of such a file."""
+    """"sd1", "sd2", or None if these are not the keys of such a file: told by the text encoder's
+    names, and by any of them, so that one that is missing can be named."""
     if not any(key.startswith(PREFIX["unet"]) for key in keys):
         return None
-    if "cond_stage_model.model.ln_final.weight" in keys:
-        return "sd2"
-    if "cond_stage_model.transformer.text_model.final_layer_norm.weight" in keys:
-        return "sd1"
-    return None
+    ours = [key for key in keys if not re.search(IGNORED["text_encoder"], key)]
+    return next((kind for kind, prefix in TEXT_PREFIX.items()
+                 if any(key.startswith(prefix) for key in ours)), None)
 
 
 # what metadata call the two, in lower case with _ between words
@@ -208,12 +210,12 @@ def text_key(key, config):
     """The keys of transformers' text tower, which some of its versions prefix with `text_model.`"""
     key = key.removeprefix("text_model.")
     if config["hidden_act"] == "quick_gelu":  # SD1: transformers' own names
-        return f"{PREFIX['text_encoder']}transformer.text_model.{key}", None
+        return TEXT_PREFIX["sd1"] + key, None
     fused = re.search(r"self_attn\.([qkv])_proj\.(weight|bias)$", key)
     third = "qkv".index(fused[1]) if fused else None
     if fused:
         key = key[:fused.start()] + f"attn.in_proj_{fused[2]}"
-    return f"{PREFIX['text_encoder']}model.{replace_all(key, TEXT_NAMES)}", third
+    return TEXT_PREFIX["sd2"] + replace_all(key, TEXT_NAMES), third
 
 
 KEYS = {"unet": unet_key, "vae": vae_key, "text_encoder": text_key}
