@@ -468,8 +468,9 @@ def count_of(networks, args, passes):
     return found
 
 
-def measure_memory(args, rank, path, device, dtype, batch, grad_checkpoint):
-    """-> GB that a step has held at most on this card, or None: it does not fit."""
+def measure_memory(args, rank, path, device, dtype, batch, grad_checkpoint, small):
+    """-> GB that a step has held at most on this card, or None: it does not fit. small: with
+    --target-dtype bf16 --optimizer adamw8bit."""
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
@@ -477,7 +478,10 @@ def measure_memory(args, rank, path, device, dtype, batch, grad_checkpoint):
         n = training_networks(args, rank, path, device, dtype)
         trained = [m for m in (n.student, n.latent_rm) if m is not None]
         weights = [p for module in trained for p in module.parameters() if p.requires_grad]
-        optimizer = optimizers.adamw([{"params": weights}], lr=1e-6)
+        if small:
+            n.target.bfloat16()
+        kind = "adamw8bit" if small else "adamw"
+        optimizer = optimizers.KINDS[kind]([{"params": weights}], lr=1e-6)
         call = one_pass(n, args, batch, grad_checkpoint)
         for _ in range(2):  # from the second on there are moments
             optimizer.zero_grad(set_to_none=True)
@@ -492,13 +496,16 @@ def measure_memory(args, rank, path, device, dtype, batch, grad_checkpoint):
 def memory_table(args, device):
     """Print a Markdown table, and the same as one JSON document."""
     args.resolution = args.resolution or (64 if args.size == "pocket" else 512)
+    if device.type == "cuda":
+        optimizers.check("adamw8bit")  # is measured too
     # what is counted is a card, whatever this machine has
     dtype = torch.float32 if args.precision == "fp32" else torch.bfloat16
     parts = ("weights", "target", "frozen", "gradients", "optimizer", "activations")
     print(f"GB of a step at {args.size}'s size, {args.resolution} pixels, {str(dtype)[6:]}, one "
           f"process, every row rewarded, --norms-every 0; a card keeps {memory.SPARE} GB free")
-    print(f"| student | reward | batch | recompute | {' | '.join(parts)} | sum | card |")
-    print("| --- " * (len(parts) + 6) + "|")
+    last = ["sum", "card"] + ["measured"] * (device.type == "cuda")
+    print(f"| student | reward | batch | recompute | {' | '.join((*parts, *last))} |")
+    print("| --- " * (len(parts) + len(last) + 4) + "|")
     rows = []
     for rank, path in itertools.product((None, args.lora), PATHS):
         networks = training_networks(args, rank, path, torch.device("meta"), dtype)
@@ -514,9 +521,11 @@ def memory_table(args, device):
                 cells = [student, PATHS[path], batch, "yes" if again else "",
                          *(f"{gb[part]:.2f}" for part in parts), f"{total:.2f}",
                          row["card"] or "none"]
-                if device.type == "cuda" and gb is found:
-                    row["measured"] = measure_memory(args, rank, path, device, dtype, batch, again)
-                    cells.append(f"measured {row['measured']}")
+                if device.type == "cuda":
+                    small = gb is not found
+                    row["measured"] = measure_memory(
+                        args, rank, path, device, dtype, batch, again, small)
+                    cells.append(f"{row['measured']:.2f}" if row["measured"] else "does not fit")
                 print(f"| {' | '.join(map(str, cells))} |", flush=True)
                 rows.append(row)
     print(json.dumps({"torch": torch.__version__, "size": args.size, "precision": str(dtype)[6:],

@@ -107,7 +107,8 @@ class Studio:
             unet, [prompt], [seed], steps, w, solver, size, "", progress, see and seen.append)
         drawn = to_pil(image[0])
         title = f"{title or f'seed {seed}'}, {time.perf_counter() - start:.2f} s"
-        for latents, t in zip(seen, lcm_timesteps(self.model.schedule, steps) if see else ()):
+        grid = unet.config.lcm_grid or 50
+        for latents, t in zip(seen, lcm_timesteps(self.model.schedule, steps, grid) if see else ()):
             prediction = to_pil(self.model.decode(latents)[0])
             see(page.figure(page.encoded(prediction, facts | {"t": t}), f"t = {t}"))
         return image, partial(

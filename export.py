@@ -179,9 +179,23 @@ def export_lora(teacher, loras, scales, file, layout, dtype):
     lora_files.write(lora, file, layout, dtype)
 
 
-def output_file(name, option):
-    """-> the Path of a file to write, whose folder is there."""
+def parts_of(run):
+    """A run folder of train.py -> its teacher, its student, and its LoRA in a list, or none."""
+    config = read_json(run / "config.json")
+    require(config.get("teacher"),
+            f"{run}/config.json: names no teacher; expected a run folder of train.py")
+    trained = run / ("lora_target" if config.get("lora") else "unet_target")
+    require(trained.is_dir(), f"{trained}: not there yet; let the run end (repeat its command), or "
+            f"give --teacher {config['teacher']} and the {trained.name} of one of its checkpoints "
+            f"as {'--merge' if config.get('lora') else '--unet'}")
+    return config["teacher"], str(run / "unet_target"), [str(trained)] if config.get("lora") else []
+
+
+def output_file(name, option, sources=()):
+    """-> the Path of a file to write, whose folder is there and which is none of the sources."""
     file = Path(name)
+    require(file.resolve() not in [Path(source).resolve() for source in sources],
+            f"{option} {file}: is the file to read; it would be replaced, so give another name")
     require(file.suffix == ".safetensors",
             f"{option} {file}: expected a name that ends in .safetensors")
     make_folder(file.parent, option)
@@ -195,17 +209,14 @@ def main():
     if args.run:
         require(student is None and not loras,
                 "--run brings its own student; leave --unet and --merge out")
-        teacher = read_json(Path(args.run) / "config.json").get("teacher")
-        student = str(Path(args.run) / "unet_target")
-        require(teacher, f"{args.run}/config.json: names no teacher; "
-                "expected a run folder of train.py")
-        if (Path(args.run) / "lora_target").is_dir():
-            loras = [str(Path(args.run) / "lora_target")]
+        teacher, student, loras = parts_of(Path(args.run))
     scales = lora_files.scales_of(loras, args.lora_scale)
+    require(not (args.lora and args.single_file),
+            "--lora and --single-file: each writes one file; give one of them")
     require(args.lora or args.layout == "diffusers",
             f"--layout {args.layout}: of the file that --lora writes; give it too")
     if args.lora:
-        file = output_file(args.lora, "--lora")
+        file = output_file(args.lora, "--lora", loras)
         export_lora(teacher, loras, scales, file, args.layout, dtype)
         print(file)
         return
@@ -219,7 +230,7 @@ def main():
         return
     student = student or str(Path(teacher) / "student")
     unet = unet or UNet.from_pretrained(student, dtype=dtype)
-    require(unet.config.time_cond_proj_dim or unet.config.lcm_grid,
+    require(unet.config.distilled,
             f"{student}: a teacher (no guidance embedding); expected a student")
     out = Path(args.out)
     # whole_folder replaces what is there: allowed for an earlier export, or an empty folder

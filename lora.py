@@ -33,11 +33,10 @@ class Update(nn.Module):
 
     def __init__(self, layer, A, B, alpha):
         super().__init__()
-        device = layer.weight.device
-        self.A, self.B = nn.Parameter(A.to(device)), nn.Parameter(B.to(device))
+        self.A, self.B = (nn.Parameter(part.to(layer.weight.device)) for part in (A, B))
         self.alpha, self.scale = alpha, 1.0
-        self.like = {name: getattr(layer, name) for name in ("stride", "padding")
-                     if isinstance(layer, nn.Conv2d)}
+        self.geometry = {name: getattr(layer, name) for name in ("stride", "padding")
+                         if isinstance(layer, nn.Conv2d)}
 
     @property
     def factor(self):
@@ -47,7 +46,7 @@ class Update(nn.Module):
         A, B = self.A.to(x.dtype), self.factor * self.B.to(x.dtype)
         if A.ndim == 2:
             return F.linear(F.linear(x, A), B)
-        return F.conv2d(F.conv2d(x, A, **self.like), B)
+        return F.conv2d(F.conv2d(x, A, **self.geometry), B)
 
     def matrix(self):
         """-> what merging adds to the weight, of its shape, in float32."""
@@ -60,6 +59,7 @@ class Updated:
         return super().forward(x) + self.lora(x)
 
 
+# the new class of a layer of that class, which keeps its weight and its names
 UPDATED = {kind: type(f"Updated{kind.__name__}", (Updated, kind), {})
            for kind in (nn.Linear, nn.Conv2d)}
 
@@ -71,7 +71,7 @@ class LoRA(nn.Module):
     def __init__(self, updates, facts):
         super().__init__()
         self.updates, self.facts = updates, facts
-        self.layers = nn.ModuleList(updates.values())
+        self.layers = nn.ModuleList(updates.values())  # a ModuleDict would have no dots in names
         if W_PROJECTION in updates:
             updates[W_PROJECTION].A.requires_grad_(False)
 
@@ -82,7 +82,7 @@ class LoRA(nn.Module):
         in full: its A stays the identity, so that B is its matrix."""
         generator, updates = torch.Generator().manual_seed(seed), {}
         for name, layer in layers_of(unet).items():
-            weight, own_alpha = layer.weight, alpha or rank
+            weight, own_alpha = layer.weight, rank if alpha is None else alpha
             if name == W_PROJECTION:
                 A, own_alpha = torch.eye(weight.shape[1]), weight.shape[1]
             elif re.search(LAYERS[layers], name):

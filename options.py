@@ -87,7 +87,7 @@ class Config(brakes.Options, runs.RunConfig):
     rm_tau_lrm: float = option(0.05, "temperature of the LRM's scores, which are cosines")
 
     optimizer: str = option(
-        "adamw", "adamw8bit: moments of 8 bits, which takes CUDA and the extra `8bit`",
+        "adamw", "adamw8bit: moments of 8 bits, which takes the extra `8bit`",
         choices=tuple(optimizers.KINDS), group=runs.MACHINE)
     target_dtype: str = option(
         "fp32", "numbers that hold the target network; bf16 is rounded at random, to the right "
@@ -119,6 +119,7 @@ class Config(brakes.Options, runs.RunConfig):
 def check(args):
     runs.check_preset(args, "teacher", "data")
     brakes.check(args)
+    optimizers.check(args.optimizer)
     at_least(1, args, "batch_size", "grad_accum", "steps", "warmup", "reward_batch", "rm_batch",
              "solver_substeps", "resolution", "checkpoint_every", "log_every", "sample_every",
              "keep", "max_bad_steps")
@@ -132,6 +133,9 @@ def check(args):
     positive(args, "lr", "max_grad_norm", "rm_lr", "rm_tau", "rm_tau_lrm")
     if args.lora is not None:
         at_least(1, args, "lora")
+        if args.lr < 1e-5:
+            print(f"note: --lr {args.lr:g} is a rate for full students; low-rank updates hardly "
+                  "move at it: published LCM-LoRAs were trained at 1e-4")
         require(args.target_dtype == "fp32",
                 "--target-dtype bf16 with --lora: the target is a few megabytes; leave it out")
     if args.lora_alpha is not None:

@@ -55,13 +55,12 @@ class Pipeline:
                 f"{where}: a UNet from {config.in_channels} to {config.out_channels} channels, "
                 f"but the VAE's latents have {latents}; "
                 "inpainting, depth and upscaling models do not work here")
-        distilled = config.time_cond_proj_dim or config.lcm_grid
         if student:
-            require(distilled,
+            require(config.distilled,
                     f"{where}: a teacher (no guidance embedding); "
                     "expected a student (teachers: sample.py --solver ddim)")
         else:
-            require(not distilled,
+            require(not config.distilled,
                     f"{where}: a student; expected a teacher (students: sample.py --solver lcm)")
         require(config.cross_attention_dim == self.text_encoder.dim,
                 f"{where}: the UNet's config says cross_attention_dim "
@@ -117,7 +116,9 @@ def merged(path, files, scales, dtype=None, device=None, student=True):
     if one of them says so, or `student`, since published LCM-LoRAs say nothing: of 50 points."""
     facts = lora_files.facts(files)
     unet = UNet.from_pretrained(path, facts.pop("time_cond_proj_dim"), dtype, device, **facts)
-    if student and unet.config.lcm_grid is None:
+    if student and not unet.config.distilled:
+        print(f"{' '.join(map(str, files))}: says nothing of a student; taken for an LCM-LoRA of "
+              "50 points (a style for the teacher is drawn with --solver ddim)")
         unet.config = replace(unet.config, lcm_grid=50)
     for file, scale in zip(files, scales):
         LoRA.from_pretrained(file, unet).set_scale(scale).merge(unet)

@@ -52,6 +52,11 @@ class UNetConfig:
         "transformer_layers_per_block": (1,), "attention_type": ("default",),
         "resnet_skip_time_act": (False,), "freq_shift": (0,), "dropout": (0, 0.0)}
 
+    @property
+    def distilled(self):
+        """Is this a student's?"""
+        return bool(self.time_cond_proj_dim or self.lcm_grid)
+
     def heads(self, level):
         if isinstance(self.attention_head_dim, int):
             return self.attention_head_dim

@@ -99,7 +99,7 @@ def load_optimizer(optimizer, newest, device):
     for number, moments in state["state"].items():
         p = weights[number]
         for name, value in moments.items():
-            if value.ndim > 0:
+            if torch.is_tensor(value) and value.ndim > 0:
                 moments[name] = placed_as(value, p)
     optimizer.load_state_dict(state)
 

@@ -3,6 +3,8 @@
     diffusers   unet.down_blocks.0.resnets.0.conv1.lora_A.weight, .lora_B.weight; alpha in the
                 metadata (lora_adapter_metadata), or the rank. Older ones: lora.down, lora.up,
                 and attn1.processor.to_q_lora.down
+    peft        the same behind base_model.model., in adapter_model.safetensors; alpha in the
+                adapter_config.json beside it
     kohya       lora_unet_down_blocks_0_resnets_0_conv1.lora_down.weight, .lora_up.weight, .alpha:
                 the published LCM-LoRAs, A1111, ComfyUI; also with LDM's names of the layers
 
@@ -14,6 +16,7 @@ published.
 import json
 import math
 import re
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +25,16 @@ from safetensors.torch import save_file
 
 from support import single_file
 from support.cli import require
-from support.weights import LORA as NAME, InputError, Tensors, local, whole_file
+from support.weights import (
+    LORA as NAME,
+    PEFT,
+    InputError,
+    Tensors,
+    local,
+    read_json,
+    refuse_quantized,
+    whole_file,
+)
 
 # fields of the student's UNetConfig that our files keep in their metadata
 FACTS = ("time_cond_proj_dim", "lcm_grid", "sample_size")
@@ -68,6 +80,8 @@ def find(path):
     """-> the file of `path`: itself, the one in a folder, or of a hub id."""
     path = local(path, "lora")
     file = path / NAME if path.is_dir() else path
+    if (path / PEFT).is_file() and not file.is_file():
+        return path / PEFT
     if not file.is_file():
         raise InputError(f"{file}: no such file; expected a LoRA: a .safetensors file, a folder "
                          f"with {NAME}, such as lora_target of a run, or a hub id")
@@ -118,6 +132,7 @@ def read(path, unet):
     text encoders is left out, and that is said. Raises InputError if anything else is not for this
     UNet."""
     tensors = Tensors([find(path)])
+    refuse_quantized(tensors)
     where, names, parts, unknown, text = tensors.where, known_names(unet), {}, [], 0
     for key in tensors.shapes:
         plain = key.removeprefix("base_model.model.")
@@ -141,11 +156,11 @@ def read(path, unet):
                          "unet...lora_A.weight or lora_unet_....lora_down.weight")
     order = {key.removesuffix(".weight"): tensor.shape
              for key, tensor in unet.state_dict().items() if key.endswith(".weight")}
-    alphas, updates = alphas_of(tensors), {}
+    alpha_of, updates = alphas_in(tensors), {}
     for layer, shape in order.items():
         if layer in parts:
             A, B = pair(tensors, parts[layer], layer, shape, unet)
-            alpha = alphas.get(layer, alphas.get(None, len(A)))
+            alpha = alpha_of(layer, len(A))
             if "alpha" in parts[layer]:
                 alpha = tensors.read(parts[layer]["alpha"], torch.float32, None).item()
             updates[layer] = A, B, alpha
@@ -158,6 +173,9 @@ def pair(tensors, part, layer, shape, unet):
         if name not in part:
             raise InputError(f"{tensors.where}: {layer} has only one of its two matrices; "
                              "copy or download the file again")
+        if 0 in tensors.shapes[part[name]]:
+            raise InputError(f"{tensors.where}: {part[name]} is {tensors.shapes[part[name]]}, a "
+                             "rank of 0; expected 1 or more: write the file again")
     A, B = (tensors.read(part[name], torch.float32, "cpu") for name in ("A", "B"))
     rank = A.shape[0]
     wanted = (rank, *shape[1:]), (shape[0], rank, *(1 for _ in shape[2:]))
@@ -166,17 +184,29 @@ def pair(tensors, part, layer, shape, unet):
     if flat != found:  # but for 1x1 convolutions that are linear layers elsewhere
         raise InputError(
             f"{tensors.where}: {layer} is {tuple(A.shape)} and {tuple(B.shape)}, expected "
-            f"{wanted[0]} and {wanted[1]}: {architectures(tensors, unet)}")
+            f"{wanted[0]} and {wanted[1]}{architectures(tensors, unet)}")
     return A.reshape(wanted[0]), B.reshape(wanted[1])
 
 
-def alphas_of(tensors):
-    """-> {layer: alpha} of diffusers' metadata, where None stands for all other layers."""
-    config = json_of(tensors, THEIRS)
-    found = dict(config.get("unet.alpha_pattern") or {})
-    if config.get("unet.lora_alpha") is not None:
-        found[None] = config["unet.lora_alpha"]
-    return found
+def alphas_in(tensors):
+    """What diffusers' metadata or peft's file beside say of alpha -> a function from a layer and
+    its rank to its alpha, which is the rank where they say nothing."""
+    config, beside = json_of(tensors, THEIRS), Path(tensors.where).parent / "adapter_config.json"
+    config = {key.removeprefix("unet."): value for key, value in config.items()}
+    if Path(tensors.where).name == PEFT and beside.is_file():
+        config = read_json(beside)
+    patterns, others = config.get("alpha_pattern") or {}, config.get("lora_alpha")
+
+    def alpha_of(layer, rank):
+        # a pattern stands for the layers whose names end so (peft's get_pattern_key)
+        own = [alpha for pattern, alpha in patterns.items()
+               if re.fullmatch(rf"(.*\.)?({pattern})", layer)]
+        alpha = own[0] if own else others
+        if alpha is None:
+            return rank
+        # rank-stabilized: alpha / sqrt(rank) times, not alpha / rank (arXiv 2312.03732)
+        return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+    return alpha_of
 
 
 def refuse_unknown(tensors, unet, unknown):
@@ -190,15 +220,18 @@ def refuse_unknown(tensors, unet, unknown):
             raise InputError(f"{tensors.where}: {kind} ({unknown[0]}); expected LoRA, "
                              "two matrices a layer")
     more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-    raise InputError(f"{tensors.where}: {unknown[0]}{more}: no layers of this UNet: "
+    raise InputError(f"{tensors.where}: {unknown[0]}{more}: no layers of this UNet"
                      f"{architectures(tensors, unet)}")
 
 
 def architectures(tensors, unet):
-    """What the file is for and what the UNet is, in words."""
-    ours = unet.config.cross_attention_dim
-    return (f"a LoRA for {architecture(tensors.shapes)}, the UNet is "
-            f"{WIDTHS.get(ours, 'another')} (its text is {ours} wide); "
+    """What the file is for and what the UNet is, in words, where that is not the same."""
+    width = unet.config.cross_attention_dim
+    ours = WIDTHS.get(width, f"a model whose text is {width} wide")
+    theirs = architecture(tensors.shapes)
+    if theirs == ours:
+        return "; is the file whole, and made for this model?"
+    return (f": a LoRA for {theirs}, the UNet is of {ours}; "
             "take a LoRA and a model that belong together")
 
 
@@ -232,8 +265,8 @@ def write(lora, file, layout="diffusers", dtype=None):
             state |= {f"unet.{name}.lora_A.weight": A, f"unet.{name}.lora_B.weight": B}
     metadata = {"format": "pt", OURS: json.dumps(lora.facts)}
     if layout == "diffusers":
-        rank, alpha = (max(set(found.values()), key=[*found.values()].count)
-                       for found in (ranks, alphas))
+        # what most layers have; the others are named
+        rank, alpha = (statistics.mode(found.values()) for found in (ranks, alphas))
         metadata[THEIRS] = json.dumps({
             "unet.r": rank, "unet.lora_alpha": alpha, "unet.target_modules": list(ranks),
             "unet.rank_pattern": {k: v for k, v in ranks.items() if v != rank},

@@ -1,4 +1,7 @@
 """Optimizers that train.py knows by name, and the moving average in bfloat16."""
+import importlib.metadata
+import re
+
 import torch
 
 from support.cli import require
@@ -10,17 +13,25 @@ def adamw(groups, **options):
 
 def adamw8bit(groups, **options):
     """Moments of 8 bits (arXiv 2110.02861), of tensors with 4,096 numbers or more."""
-    require(all(p.is_cuda for group in groups for p in group["params"]),
-            "--optimizer adamw8bit: it works on CUDA alone; leave it out here")
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError:
-        require(False, "--optimizer adamw8bit needs the package bitsandbytes: "
-                       "pip install 'rg-lcd[8bit]'")
+    from bitsandbytes.optim import AdamW8bit
     return AdamW8bit(groups, **options)
 
 
 KINDS = {"adamw": adamw, "adamw8bit": adamw8bit}
+
+
+def check(name):
+    """Raises InputError if the package of the optimizer of this name is not there."""
+    if name != "adamw8bit":
+        return
+    try:
+        version = importlib.metadata.version("bitsandbytes")
+    except importlib.metadata.PackageNotFoundError:
+        version = "none"
+    numbers = [int(number) for number in re.findall(r"\d+", version)]
+    require(numbers >= [0, 50],  # the first that runs on a CPU too
+            f"--optimizer adamw8bit needs the package bitsandbytes, 0.50 or newer, found "
+            f"{version}: pip install 'rg-lcd[8bit]'")
 
 
 @torch.no_grad()

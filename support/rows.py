@@ -48,7 +48,7 @@ def parse_row(text, own, config_of, n=None):
 def unet_row(paths, steps, config_of, n=None, name=None, kind=None):
     """A Row of UNets; their configs say whether they are teachers or students, unless kind does."""
     configs = tuple(map(config_of, paths))
-    kinds = {"student" if config.time_cond_proj_dim else "teacher" for config in configs}
+    kinds = {"student" if config.distilled else "teacher" for config in configs}
     require(len(kinds) == 1, f"--rows {'+'.join(paths)}@{steps}: teachers and students in one row")
     kind = kind or kinds.pop()
     if name is None:

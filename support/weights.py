@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from support import single_file
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-LORA = "pytorch_lora_weights.safetensors"
+LORA, PEFT = "pytorch_lora_weights.safetensors", "adapter_model.safetensors"  # diffusers', peft's
 # dtypes of weights that were not quantized, by their names in safetensors files
 PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
          "I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool}
@@ -151,8 +151,10 @@ def load_optimizer_state(file, optimizer, device="cpu"):
         count = sum(len(group["params"]) for group in state["param_groups"])
         wrong = [f"{count} parameters, expected {len(ours)}"] if count != len(ours) else []
         for number, kept in state["state"].items():
+            kept = kept.get("__bnb_optimizer_quant_state__", kept)  # where bitsandbytes has them,
             for name, value in kept.items():
-                if name.startswith("exp_avg") and value.shape != ours[number].shape:
+                moments = name.startswith(("exp_avg", "state"))  # and what it calls them
+                if moments and value.shape != ours[number].shape:
                     wrong.append(f"{name} of parameter {number} is {tuple(value.shape)}, "
                                  f"expected {tuple(ours[number].shape)}")
     except (AttributeError, IndexError, KeyError, TypeError):
@@ -194,7 +196,9 @@ def find_component(path, name):
         if (folder / "config.json").is_file():
             return in_folder(folder, Tensors(weight_files(folder, name)))
     what = "no such folder"
-    if path.is_dir():
+    if (path / LORA).is_file():
+        what = "a LoRA, which goes to a model by --lora"
+    elif path.is_dir():
         what = f"neither it nor {name}/ in it has a config.json"
     raise InputError(f"{path}: {what}; expected a model folder with {name}/config.json, "
                      f"the {name} folder itself, a single-file checkpoint, or a hub id")
@@ -314,9 +318,10 @@ def local(path, name):
             cached = try_to_load_from_cache(text, file)
             if isinstance(cached, str):
                 return Path(cached).parents[file.count("/")]
+        hint = "is it written as on the hub, owner/name?" if name == "lora" else MIRROR
         raise InputError(f"{text}: no such file or folder here, and as a hub id it could not be "
                          f"fetched and is not in the cache ({first_line(error)}); "
-                         f"{MIRROR}") from None
+                         f"{hint}") from None
 
 
 def files_needed(listing, name):
@@ -326,7 +331,7 @@ def files_needed(listing, name):
     if name == "tokenizer":
         return ["tokenizer/*"]
     if name == "lora":
-        return [LORA]
+        return [file for file in (LORA, PEFT, "adapter_config.json") if file in listing] or [LORA]
     # a model folder, or (no subfolder of that name) the component's own
     inside = f"{name}/" if any(file.startswith(f"{name}/") for file in listing) else ""
     names = [file.removeprefix(inside) for file in listing if file.startswith(inside)]
@@ -365,6 +370,15 @@ def parse_config(component, config_class):
     return config_class(**values)
 
 
+def refuse_quantized(tensors, ignored="^$"):
+    """Raise InputError if a tensor, but for keys that match `ignored`, is not PLAIN."""
+    for key, kind in tensors.dtypes.items():
+        if kind not in PLAIN.values() and not re.search(ignored, key):
+            raise InputError(f"{tensors.where}: {key} holds {str(kind).removeprefix('torch.')} "
+                             "numbers: quantized weights; expected float32, float16 or bfloat16: "
+                             "use the file that was not quantized")
+
+
 def load_strictly(module, component, may_lack=(), dtype=None, device=None):
     """Fill `module`, built on the meta device, from a component. Every key and shape must agree,
     and every number must be finite, or InputError says which do not. Only keys in `may_lack` may
@@ -373,11 +387,7 @@ def load_strictly(module, component, may_lack=(), dtype=None, device=None):
     Tensors are mapped from the file and assigned, and only converted, one by one, where dtype
     (float32 if None) or device asks for it: memory holds one copy of the weights."""
     tensors = component.tensors
-    for key, kind in tensors.dtypes.items():
-        if kind not in PLAIN.values() and not re.search(component.ignored, key):
-            raise InputError(f"{tensors.where}: {key} holds {str(kind).removeprefix('torch.')} "
-                             "numbers: quantized weights; expected float32, float16 or bfloat16: "
-                             "use the file that was not quantized")
+    refuse_quantized(tensors, component.ignored)
     expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
     sources = {key: component.source(key) for key in expected}
     used = {source for source, _ in sources.values()}

@@ -14,8 +14,9 @@ import evaluate
 import support
 from conftest import CAPTIONS, ROOT, call, launch, random_png
 from support import results
+from support.rows import parse_row
 from support.scoring import Measured, Scorers
-from unet import UNet
+from unet import UNet, UNetConfig
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +24,14 @@ def leave_matmul_precision():
     before = torch.get_float32_matmul_precision()
     yield
     torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("fields, kind", [
+    ({}, "teacher"), ({"time_cond_proj_dim": 256, "lcm_grid": 10}, "student"),
+    ({"lcm_grid": 10}, "student"), ({"time_cond_proj_dim": 256}, "student")])
+def test_a_row_is_a_students_with_and_without_a_guidance_embedding(fields, kind):
+    row = parse_row("unet_target@2", {}, lambda path: UNetConfig(**fields))
+    assert row.kind == kind and row.calls() == {"teacher": 4, "student": 2}[kind]
 
 
 # ---------------------------------------------------------------------------------------- scoring

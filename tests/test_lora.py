@@ -323,7 +323,6 @@ WRONG = {
     "alpha without a rank": ({"lora_alpha": 2}, "give --lora RANK"),
     "layers without a rank": ({"lora_layers": "attention"}, "give --lora RANK"),
     "a target of 16 bits": ({"lora": 2, "target_dtype": "bf16"}, "--target-dtype bf16"),
-    "8 bits on a CPU": ({"optimizer": "adamw8bit"}, "works on CUDA"),
     "8 bits, shared out": ({"optimizer": "adamw8bit", "shard": True}, "--shard"),
 }
 
@@ -334,6 +333,13 @@ def test_wrong_options_are_one_line_and_exit_code_2(case, fit, tmp_path, capsys)
     assert fit(tmp_path, **changes) == 2
     message = capsys.readouterr().err
     assert named in message and "Traceback" not in message
+
+
+def test_a_rate_that_is_too_small_for_updates_is_said(fit, tmp_path, capsys):
+    assert fit(tmp_path / "full", steps=1, lr=1e-6) == 0
+    assert "hardly move" not in capsys.readouterr().out
+    assert fit(tmp_path / "lora", steps=1, lr=1e-6, lora=2) == 0
+    assert "--lr 1e-06 is a rate for full students" in capsys.readouterr().out
 
 
 def test_a_full_run_does_not_go_on_with_updates(fit, tmp_path, capsys):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDIMScheduler,
     LatentConsistencyModelPipeline,
     LCMScheduler,
     StableDiffusionPipeline,
@@ -92,6 +93,17 @@ def test_diffusers_loads_our_file_and_draws_our_pictures(
     assert (drawn - plain).abs().max() > 0.01
 
 
+def test_the_scheduler_that_the_docs_put_into_diffusers_draws_our_pictures(teacher, tmp_path):
+    """docs/lora.md, Files."""
+    student = student_of(teacher, False)
+    lora_files.write(student.lora, tmp_path / NAME)
+    pipe = pipe_of(teacher, False, tmp_path / "base")
+    pipe.scheduler = DDIMScheduler.from_pretrained(teacher / "scheduler")
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=10)
+    pipe.load_lora_weights(tmp_path)
+    agree(ours(teacher, student), theirs(pipe, False))
+
+
 def test_a_file_of_diffusers_save_lora_weights_draws_the_same_in_ours(teacher, tmp_path):
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
@@ -116,6 +128,25 @@ def test_a_file_of_diffusers_save_lora_weights_draws_the_same_in_ours(teacher, t
     pipe.save_lora_weights(tmp_path / "bare", unet_lora_layers=state)
     bare = LoRA.from_pretrained(tmp_path / "bare", mine)
     assert {update.alpha for _, update in bare.updates.items()} == {4}
+
+
+@pytest.mark.parametrize("stabilized", [False, True])
+def test_a_folder_of_peft_is_read_with_its_alphas(stabilized, teacher, tmp_path):
+    """One for all layers, one for those whose names end in to_q, and rank-stabilized ones."""
+    from peft import LoraConfig, get_peft_model
+    torch.manual_seed(0)
+    peft = get_peft_model(UNet2DConditionModel.from_pretrained(teacher / "unet"), LoraConfig(
+        r=4, lora_alpha=6, alpha_pattern={"to_q": 16, "attn2.to_v": 1}, use_rslora=stabilized,
+        target_modules=["to_q", "to_v", "conv1"], init_lora_weights=False))
+    peft.save_pretrained(tmp_path / "peft")
+    expected = peft.merge_and_unload().state_dict()
+    unet = UNet.from_pretrained(teacher)
+    found = LoRA.from_pretrained(tmp_path / "peft", unet).merge(unet).state_dict()
+    for name, tensor in expected.items():
+        agree(found[name], tensor, 1e-5)
+    (tmp_path / "peft/adapter_config.json").unlink()
+    bare = LoRA.from_pretrained(tmp_path / "peft", unet)
+    assert {update.alpha for update in bare.updates.values()} == {4}
 
 
 OLD = {"to_q": "processor.to_q_lora", "to_k": "processor.to_k_lora",
@@ -226,6 +257,32 @@ def test_sample_draws_between_teacher_and_student(teacher, tmp_path):
     assert (one["1"] - one["0.5"]).abs().max() > 0.01
 
 
+def test_sample_draws_with_several_loras_each_at_its_scale(teacher, tmp_path):
+    """One by this project, and one in kohya's names, which says nothing of a student."""
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    lora_files.write(student_of(teacher, True).lora, first)
+    random = random_lora(UNet.from_pretrained(teacher), seed=9, rank=2)
+    lora_files.write(random, second, "kohya")
+    merged(teacher, [first, second], [1.0, 0.7]).save_pretrained(tmp_path / "merged")
+    assert draw("--model", teacher, "--lora", first, "--lora", second, "--lora-scale", 1,
+                "--lora-scale", 0.7, "--out", tmp_path / "two") == 0
+    assert draw("--model", teacher, "--unet", tmp_path / "merged", "--out", tmp_path / "one") == 0
+    assert draw("--model", teacher, "--lora", first, "--out", tmp_path / "without") == 0
+    assert torch.equal(pixels(tmp_path / "two"), pixels(tmp_path / "one"))
+    assert (pixels(tmp_path / "two") - pixels(tmp_path / "without")).abs().max() > 0.01
+
+
+def test_a_lora_that_says_nothing_is_taken_for_an_lcm_lora_and_that_is_said(
+        model_folder, tmp_path, capsys):
+    style = tmp_path / "style.safetensors"
+    lora_files.write(random_lora(UNet.from_pretrained(model_folder)), style, "kohya")
+    assert draw("--model", model_folder, "--lora", style, "--out", tmp_path / "out") == 0
+    assert "taken for an LCM-LoRA of 50 points" in capsys.readouterr().out
+    assert draw("--model", model_folder, "--lora", style, "--solver", "ddim", "--steps", 2,
+                "--out", tmp_path / "out") == 0
+    assert "taken for" not in capsys.readouterr().out
+
+
 def test_a_run_with_updates_is_drawn_and_exported_in_every_form(fit, tmp_path, model_folder):
     run = tmp_path / "run"
     for w_embed in (True, False):
@@ -287,7 +344,20 @@ def test_an_exported_lora_holds_its_scale(teacher, tmp_path):
         agree(again.state_dict()[name], tensor, 1e-6)
 
 
+def test_a_run_that_has_not_ended_is_told_from_one_without_a_lora(fit, tmp_path, capsys):
+    assert fit(tmp_path / "run", lora=3, steps=2, checkpoint_every=1) == 0
+    (tmp_path / "run/lora_target").rename(tmp_path / "moved-away")
+    for argv in (["--out", tmp_path / "out"], ["--lora", tmp_path / "x.safetensors"]):
+        assert call(export.main, "--run", tmp_path / "run", *argv) == 2
+        assert "lora_target: not there yet" in capsys.readouterr().err
+    assert fit(tmp_path / "full", steps=2) == 0
+    assert call(export.main, "--run", tmp_path / "full", "--lora", tmp_path / "x.safetensors") == 2
+    assert "0 LoRAs to write" in capsys.readouterr().err
+
+
 EXPORTS = {
+    "over what it reads": (["--merge", "FILE", "--lora", "FILE"], "it would be replaced"),
+    "two files": (["--merge", "FILE", "--single-file", "TMP/y.safetensors"], "give one of them"),
     "kohya with a guidance embedding": (["--merge", "FILE", "--layout", "kohya"], "no place"),
     "nothing to write": ([], "0 LoRAs to write"),
     "two": (["--merge", "FILE", "--merge", "FILE"], "2 LoRAs to write"),
@@ -324,7 +394,7 @@ def test_a_lora_of_another_architecture_is_refused_by_name(model_folder, tmp_pat
     pair = lambda name, width: {f"{name}.lora_down.weight": torch.ones(4, width),
                                 f"{name}.lora_up.weight": torch.ones(16, 4)}
     for width, kind in ((768, "SD1.x"), (1024, "SD2.x"), (40, "a model whose text is 40 wide")):
-        refused(pair(attention, width), f"a LoRA for {kind}", "its text is 32 wide")
+        refused(pair(attention, width), f"a LoRA for {kind}", "text is 32 wide")
     deeper = attention.replace("blocks_0_attn2", "blocks_1_attn2")
     refused(pair(deeper, 2048), "a LoRA for SDXL", deeper)
     flux = "transformer.single_transformer_blocks.0.attn.to_k"
@@ -336,6 +406,12 @@ def test_a_lora_of_another_architecture_is_refused_by_name(model_folder, tmp_pat
     refused(half, "only one of its two matrices")
     refused({f"{attention}.lora_down.weight": torch.full((4, 32), float("nan")),
              f"{attention}.lora_up.weight": torch.ones(16, 4)}, "NaN")
+    refused({f"{attention}.lora_down.weight": torch.ones(0, 32),
+             f"{attention}.lora_up.weight": torch.ones(16, 0)}, "a rank of 0")
+    refused({name: tensor.to(torch.float8_e4m3fn) for name, tensor in pair(attention, 32).items()},
+            "quantized")
+    refused({f"{attention}.lora_down.weight": torch.ones(4, 32),
+             f"{attention}.lora_up.weight": torch.ones(16, 5)}, "(16, 5)", "is the file whole")
 
 
 @pytest.mark.parametrize("key", [

@@ -29,7 +29,8 @@ def peak_of_allocations(run):
 
 
 @pytest.mark.parametrize(("path", "lora", "grad_checkpoint"), [
-    ("none", None, False), ("none", 4, True), ("direct", 4, False), ("latent", None, True)])
+    ("none", None, False), ("none", 4, True), ("direct", 4, False), ("direct", None, True),
+    ("latent", None, True), ("latent", 4, True)])
 def test_the_count_is_what_pytorch_allocates(path, lora, grad_checkpoint, model_folder):
     """Of real networks on the CPU, in float32: all but the operators' own work space, which for
     these tiny networks is up to 0.7 MB."""

@@ -1,6 +1,5 @@
 import json
-import sys
-from types import SimpleNamespace
+import re
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from safetensors.torch import load_file
 from conftest import log, rand
 from support import optimizers
 from support.optimizers import lerp_rounded
-from support.weights import WEIGHTS, InputError
+from support.weights import WEIGHTS
 
 
 def test_the_rounded_average_is_right_on_average_and_never_off_by_more_than_one_place():
@@ -74,23 +73,47 @@ def test_a_target_in_bf16_follows_the_one_in_float32_and_resumes_bit_for_bit(
     assert json.loads((tmp_path / "bf16/config.json").read_text())["target_dtype"] == "bf16"
 
 
-@pytest.fixture
-def on_cuda():
-    return [{"params": [SimpleNamespace(is_cuda=True)]}]
+def test_8_bit_adam_trains_as_adam_does_and_resumes_bit_for_bit(fit, tmp_path, model_folder):
+    same = dict(steps=6, reward=f"pocket={model_folder}", checkpoint_every=3, keep=3)
+    for name in ("adamw", "adamw8bit"):
+        assert fit(tmp_path / name, optimizer=name, **same) == 0
+    state = torch.load(tmp_path / "adamw8bit/checkpoints/step-000006/optimizer.pt")["state"]
+    kept = [value["__bnb_optimizer_quant_state__"] for value in state.values()]
+    assert torch.uint8 in {value["state1"].dtype for value in kept}
+    start = load_file(model_folder / "unet" / WEIGHTS)
+    exact, ours = (target_of(tmp_path / name) for name in ("adamw", "adamw8bit"))
+    way, error = (sum((a[key] - b[key]).square().sum() for key in start).sqrt()
+                  for a, b in ((exact, start), (ours, exact)))
+    assert 0 < error < 0.1 * way
+    before = (tmp_path / "adamw8bit/unet_target" / WEIGHTS).read_bytes()
+    (tmp_path / "adamw8bit/checkpoints/step-000006").rename(tmp_path / "moved-away")
+    assert fit(tmp_path / "adamw8bit", optimizer="adamw8bit", **same) == 0
+    assert (tmp_path / "adamw8bit/unet_target" / WEIGHTS).read_bytes() == before
 
 
-def test_8_bit_adam_is_bitsandbytes_own(monkeypatch, on_cuda):
-    """A stand-in for the package, which takes CUDA."""
-    seen = []
-    stand_in = SimpleNamespace(AdamW8bit=lambda groups, **options: seen.append((groups, options)))
-    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(optim=stand_in))
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", stand_in)
-    optimizers.KINDS["adamw8bit"](on_cuda, lr=1e-6, betas=(0.9, 0.999), weight_decay=0.0)
-    assert seen == [(on_cuda, {"lr": 1e-6, "betas": (0.9, 0.999), "weight_decay": 0.0})]
+@pytest.mark.parametrize("version", [None, "0.49.2"])
+def test_8_bit_adam_without_its_package_says_what_to_install(version, monkeypatch, fit, tmp_path,
+                                                             capsys):
+    def found(name):
+        if version is None:
+            raise optimizers.importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(optimizers.importlib.metadata, "version", found)
+    assert fit(tmp_path / "run", optimizer="adamw8bit") == 2
+    assert re.search(r"0.50 or newer, found (none|0.49.2): pip install 'rg-lcd\[8bit\]'",
+                     capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
 
 
-def test_8_bit_adam_without_its_package_says_what_to_install(monkeypatch, on_cuda):
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    with pytest.raises(InputError, match=r"pip install 'rg-lcd\[8bit\]'"):
-        optimizers.adamw8bit(on_cuda, lr=1.0)
+def test_a_state_of_8_bit_moments_that_does_not_fit_is_refused(fit, tmp_path, capsys):
+    same = dict(optimizer="adamw8bit", steps=2, checkpoint_every=1, keep=2)
+    assert fit(tmp_path, **same) == 0
+    (tmp_path / "checkpoints/step-000002").rename(tmp_path / "moved-away")
+    file = tmp_path / "checkpoints/step-000001/optimizer.pt"
+    state = torch.load(file)
+    state["state"][0]["__bnb_optimizer_quant_state__"]["state1"] = torch.zeros(3)
+    torch.save(state, file)
+    (file.parent / "checksums.json").unlink()
+    assert fit(tmp_path, **same) == 2
+    assert "state1 of parameter 0 is (3,), expected" in capsys.readouterr().err
