@@ -58,7 +58,12 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    conv_flop_count,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 import latent_rm as proxy
 import train
@@ -262,13 +267,17 @@ def work(args, model, unet, trained, teacher=None):
 # --------------------------------------------------------------------- the same work by others
 
 def diffusers_work(args, ours, unet, trained, published=False):
-    """-> {row: function}, the networks that --compile is to reach. published: in the published
-    script's order of work (the rows of the training alone)."""
+    """-> {row: function}, the networks that --compile is to reach; the one that draws is compiled
+    as ours. published: in the published script's order of work (the rows of the training alone)."""
     vae = peers.DiffusersVAE(ours.vae, ours.dtype)
     net = peers.DiffusersUNet(unet)
     teacher = peers.DiffusersUNet(unet, passes=2) if published else net
     # its encode() and decode() call the two halves
-    networks, pair = [vae.net.encoder, vae.net.decoder, net.net, teacher.net], []
+    networks, pair = [vae.net.encoder, vae.net.decoder], []
+    if published:
+        networks.append(teacher.net)
+    if args.compile:
+        compile_for_drawing(net.net)
 
     def twins():
         pair.extend(peers.DiffusersUNet(network, args.grad_checkpoint) for network in trained())
@@ -368,9 +377,14 @@ def count_tflop(call):
     fused = torch.backends.mha.get_fastpath_enabled()
     # the counter does not know the fused layers that towers without gradient run as
     torch.backends.mha.set_fastpath_enabled(False)
-    known = {}
+    # nor attention's kernel on a CPU
+    known = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+             lambda q, k, v, *rest, out_shape, **more: sdpa_flop_count(q, k, v),
+             torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+             lambda grad, q, k, v, *rest, out_shape, **more: (
+                 sdpa_backward_flop_count(grad, q, k, v))}
     if hasattr(torch.ops.mkldnn, "_convolution_pointwise"):  # nor oneDNN's, in a build that has it
-        known = {
+        known |= {
             torch.ops.mkldnn._convolution_pointwise: (
                 lambda x, weight, *rest, out_shape, **more: conv_flop_count(x, weight, out_shape)),
             torch.ops.mkldnn._linear_pointwise: (
@@ -579,6 +593,7 @@ def several(text, known, name):
 
 def run_rows(args, device, dtype):
     """Time the rows. -> {row: figures}, the peaks, the most memory in GiB"""
+    torch.set_float32_matmul_precision("high")  # as train.py has it
     model, unet, teacher = load(args, device, dtype)
     require(not args.resolution or args.resolution % model.vae.factor == 0,
             f"--resolution {args.resolution}: expected a multiple of {model.vae.factor}")
@@ -635,7 +650,8 @@ def sweep(args):
         require(done.returncode == 0, f"{' '.join(command[1:])}: {done.stderr.strip()}")
         document = json.loads(done.stdout.splitlines()[-1])
         for name, row in document["rows"].items():
-            point = {"median": row["median"], "peak_gib": document["peak_gib"]}
+            # on a CPU that of the process, loading included
+            point = {"median": row["median"], "peak_gib": row.get("peak_gib", document["peak_gib"])}
             found.setdefault(name, {})[str(value)] = point
             print(f"{name:14s} {args.sweep} {value:4d} {row['median']:9.4f} s  "
                   f"{point['peak_gib']:.2f} GiB", flush=True)

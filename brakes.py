@@ -64,6 +64,11 @@ def check(args):
             "leave out --shard, they are a few megabytes")
     if args.reward_ratio is not None:
         positive(args, "reward_ratio", "reward_scale")
+    if "imagereward" in args.reward and args.reward_cap is None:
+        print("note: the published code has --reward-cap 2 for imagereward, and here is none")
+    if args.reward_normalize and args.latent_rm is not None:
+        print("note: with --reward-normalize the expert's scores are in deviations, and --rm-tau "
+              f"{args.rm_tau:g} is a temperature of those: they are about 1, not 0.05")
     require(args.reward_jitter < 0.5,
             f"--reward-jitter {args.reward_jitter}: a share of the picture's side; "
             "expected less than 0.5, such as 0.05")
@@ -86,12 +91,17 @@ def score(reward, images, captions, args, view=(), averages=None):
     arXiv 2304.05977)."""
     if view:
         images = jittered(images, *view, args.reward_jitter)
-    parts = plain = reward.parts(images, captions)
-    if args.reward_cap is not None:
-        parts = {name: part.clamp(max=args.reward_cap) for name, part in parts.items()}
+    plain = reward.parts(images, captions)
+    parts = capped(plain, args)
     if args.reward_normalize:
         parts = averages.normalized(parts)
     return parts, plain
+
+
+def capped(parts, args):
+    if args.reward_cap is None:
+        return parts
+    return {name: part.clamp(max=args.reward_cap) for name, part in parts.items()}
 
 
 @dataclass(frozen=True)
@@ -149,17 +159,18 @@ class Averages(nn.Module):
     def learn(self, stats, args, world):
         """Add a step. stats: {name: mean over the passes of a step}, of which "scores" [3, parts]
         (sums_of) is taken out, and to which the step's beta is added."""
-        scores, squares = stats.pop("scores"), stats["latent_grad"].clone()
+        scores, squares = stats.pop("scores"), stats["latent_grad"][:2].clone()
         stats["reward_scale"] = self.scale(args)
         processes.average([scores, squares], world)
         squares[1] /= stats["reward_scale"] ** 2
         self.scores.mul_(DECAY).add_(scores, alpha=args.grad_accum * world)
-        self.squares.mul_(DECAY).add_(squares)
+        self.squares.mul_(DECAY).add_(squares * (squares[1] > 0))  # both, or neither
 
 
-def sums_of(parts):
-    """{name: scores [B]} of K parts -> their number, sum and sum of squares, [3, K]."""
-    scores = torch.stack([part.detach() for part in parts.values()])  # [K, B]
+def sums_of(parts, args):
+    """{name: scores [B]} of K parts as they are -> number, sum and sum of squares of what counts of
+    them, [3, K]."""
+    scores = torch.stack([part.detach() for part in capped(parts, args).values()])  # [K, B]
     return torch.stack([torch.ones_like(scores), scores, scores**2]).sum(dim=2)
 
 
@@ -206,15 +217,15 @@ def shaken(network, args, step):
 
 
 def apart(latents):
-    """Latents [B,4,h,w] -> the same twice, for two losses, and a tensor [2] that after the backward
-    pass holds the squared lengths of the two losses' gradients to them. It costs two sums, and
-    changes no bit of the gradient."""
-    squares = latents.new_zeros(2)
-    twice = latents.view_as(latents), latents.view_as(latents)
-    for place, view in enumerate(twice):
+    """Latents [B,4,h,w] -> the same three times, for L_LCD, the reward and the anchor, and a tensor
+    [3] that after the backward pass holds the squared lengths of their gradients to them. It costs
+    a sum each, and changes no bit of the gradient."""
+    squares = latents.new_zeros(3)
+    views = [latents.view_as(latents) for _ in squares]
+    for place, view in enumerate(views):
         if view.requires_grad:
             view.register_hook(Measure(squares, place))
-    return *twice, squares
+    return *views, squares
 
 
 class Measure:

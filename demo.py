@@ -66,7 +66,7 @@ class Studio:
         own = student.is_dir() and not args.lora
         self.student = args.unet or str(student if own else args.model)
         self.scales = lora_files.scales_of(args.lora, args.lora_scale)
-        config = self.load_unet(self.student).config
+        config = self.load_unet(self.student, True).config
         self.side = config.sample_size * self.model.vae.factor
         self.steps = min(STEPS, config.lcm_grid or 50)
         given = {"reward": args.reward, "judge": args.judge}
@@ -82,6 +82,8 @@ class Studio:
         if student and where == self.student and not lora:
             loras, scales = self.args.lora, self.scales
         unet = self.model.load_unet(where, student, loras, scales)
+        words = {"lora": lora_files.as_text(loras, scales)} if loras else {}
+        unet.origin = {"unet": where} | words  # as sample.py writes them
         if self.args.compile:
             compile_for_drawing(unet)
         return unet
@@ -96,12 +98,10 @@ class Studio:
         """One picture, of the seed and `more`, drawn alone: nothing else that is asked for changes
         it. -> image [1,3,H,W], and a function from the lines under it to its figure. see: gets the
         figures of a student's predictions."""
-        (prompt, steps, w, seed, size), where = settings, where or self.student
-        unet, seed = unet or self.load_unet(where, solver == "lcm"), seed + more
+        prompt, steps, w, seed, size = settings
+        unet, seed = unet or self.load_unet(where or self.student, solver == "lcm"), seed + more
         facts = {"prompt": prompt, "seed": seed, "steps": steps, "solver": solver, "guidance": w,
-                 "negative": "", "model": self.args.model, "unet": where}  # as sample.py, in order
-        if self.args.lora and where == self.student and solver == "lcm":
-            facts["lora"] = lora_files.as_text(self.args.lora, self.scales)
+                 "negative": "", "model": self.args.model} | unet.origin  # as sample.py, in order
         start, seen = time.perf_counter(), []
         image = self.model.draw(
             unet, [prompt], [seed], steps, w, solver, size, "", progress, see and seen.append)
@@ -147,9 +147,10 @@ class Studio:
         """Yields the page as it grows: each student's pictures, the first one's steps, the
         teacher's picture. progress: wraps the teacher's timesteps."""
         prompt, _, w, seed, size = self.checked(prompt, 1, w, seed, size)
-        rows = {where: [] for where in (self.student, self.args.second) if where}
-        seen, counts = [], [n for n in (1, 2, 4, 8) if n <= self.steps]
+        seen, rows = [], {where: [] for where in (self.student, self.args.second) if where}
         for where, row in rows.items():
+            grid = self.load_unet(where, True).config.lcm_grid or 50
+            counts = [n for n in (1, 2, 4, 8) if n <= grid]
             for steps in counts:
                 see = seen.append if where == self.student and steps == counts[-1] else None
                 title = "1 call" if steps == 1 else f"{steps} calls"
@@ -180,13 +181,13 @@ class Studio:
         settings, found = self.checked(prompt, steps, w, seed, size), self.checkpoints()
         require(number in range(1, len(found) + 1), f"checkpoint {number}: there are {len(found)}")
         folder = found[int(number) - 1]
-        step, where, lora = step_of(folder), str(folder / "unet_target"), folder / "lora_target"
+        lora = folder / "lora_target"
         if lora.is_dir():
-            unet, where = self.load_checkpoint(self.args.model, True, str(lora)), str(lora)
+            unet = self.load_checkpoint(self.args.model, True, str(lora))
         else:
-            unet = self.load_checkpoint(where)
-        four = [self.scored(settings, None, i, where, unet)[1] for i in range(4)]
-        return page.reached(four, self.args.run, step)
+            unet = self.load_checkpoint(str(folder / "unet_target"))
+        four = [self.scored(settings, None, i, unet=unet)[1] for i in range(4)]
+        return page.reached(four, self.args.run, step_of(folder))
 
 
 def main():

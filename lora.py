@@ -59,8 +59,7 @@ class Updated:
         return super().forward(x) + self.lora(x)
 
 
-# the new class of a layer of that class, which keeps its weight and its names
-UPDATED = {kind: type(f"Updated{kind.__name__}", (Updated, kind), {})
+UPDATED = {kind: type(f"Updated{kind.__name__}", (Updated, kind), {})  # keeps weight and names
            for kind in (nn.Linear, nn.Conv2d)}
 
 
@@ -113,7 +112,8 @@ class LoRA(nn.Module):
         unet.requires_grad_(False).lora = self
         for name, update in self.updates.items():
             layer = unet.get_submodule(name)
-            layer.__class__, layer.lora = UPDATED[type(layer)], update
+            layer.__class__ = next(UPDATED[kind] for kind in UPDATED if isinstance(layer, kind))
+            layer.lora = update
         return unet
 
     @torch.no_grad()

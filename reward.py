@@ -611,17 +611,19 @@ def load_reward(spec, device=None, dtype=None, grad_checkpoint=False, resolution
     before 0.17 without antialiasing. Ours is antialiased, as there since. So for pictures larger
     than 224 it equals the package on a current torchvision; hpsv2.1:aliased, the numbers printed
     before."""
-    rewards, factors = [], []
+    rewards, factors, given = [], [], []
     for name, option, path, factor in parse_spec(spec):
         title = name + (f":{option}" if option else "")
         try:
             reward = load_part(name, option, path, dtype, device)
         except InputError as error:
             raise InputError(f"reward {title}: {error}") from None
-        require(title not in [r.name for r in rewards],
+        require((title, path) not in given,
                 f"reward {spec}: {title} stands there twice; "
                 "give it once, with the sum of the weights")
-        reward.name, reward.resolution = title, resolution
+        given.append((title, path))
+        count = [one for one, _ in given].count(title)  # of another file
+        reward.name, reward.resolution = title + (f"-{count}" if count > 1 else ""), resolution
         rewards.append(reward)
         factors.append(factor)
     reward = rewards[0] if factors == [1.0] else Mixture(rewards, factors)

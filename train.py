@@ -68,7 +68,7 @@ def distillation_loss(
     -> loss (the sum of the student's, the LRM's and the discriminator's, which share no gradient),
        {name: detached scalar}: "loss", the student's; "reward", what the reward model gives to the
        student's pictures (with a latent_rm: to those that it compares; what is maximised is then
-       "rm_score"); "lcd_at" [2, N], L_LCD by_grid_point; "latent_grad" [2], which the backward
+       "rm_score"); "lcd_at" [2, N], L_LCD by_grid_point; "latent_grad" [3], which the backward
        pass fills (brakes.apart)
     """
     tensors, captions, (posterior_noise, noise, u_w, u_s, *view) = batch
@@ -96,8 +96,8 @@ def distillation_loss(
         goal = consistency_function(target, schedule, z_t, t, context, w)
 
     latents = consistency_function(student, schedule, z_s, s, context, w)  # f(z_s, w, c, s)
-    # the gradients of L_LCD and of the reward to it are measured apart
-    prediction, rated, latent_grad = brakes.apart(latents)
+    # the gradients of the losses to it are measured apart
+    prediction, rated, anchored, latent_grad = brakes.apart(latents)
     # L_LCD of each sample, the consistency of two neighbours on one trajectory
     distance = huber(prediction, goal, dim=(1, 2, 3))  # [B]
     lcd = distance.mean()
@@ -116,7 +116,7 @@ def distillation_loss(
     loss = lcd - beta * score  # L = L_LCD - beta R (RG-LCD, eq. 8)
     if discriminator is not None:  # not in the paper: --anchor
         anchor, anchor_loss = discriminator.losses(
-            teacher, solver, latents, z, noise, u_s, context)
+            teacher, solver, anchored, z, noise, u_s, context)
         loss = loss + args.anchor * anchor
         stats |= {"anchor": anchor.detach(), "anchor_loss": anchor_loss.detach()}
     stats |= {"lcd": lcd.detach(), "loss": loss.detach(), "latent_grad": latent_grad,
@@ -155,7 +155,7 @@ def direct_reward(model, reward, latents, captions, args, view=(), averages=None
     if len(parts) > 1:
         stats |= {f"reward/{name}": mean for name, mean in means.items()}
     if averages is not None:
-        stats["scores"] = brakes.sums_of(plain)
+        stats["scores"] = brakes.sums_of(plain, args)
     return score, stats
 
 
@@ -214,7 +214,7 @@ def proxy_loss(
     }
     stats |= {f"expert/{name}": column.mean() for name, column in zip(candidates, plain.T)}
     if averages is not None:
-        stats["scores"] = sum(brakes.sums_of(parts) for _, parts in scores)
+        stats["scores"] = sum(brakes.sums_of(parts, args) for _, parts in scores)
     return loss, stats
 
 
@@ -240,6 +240,7 @@ class Networks:
         model = Pipeline.from_pretrained(args.teacher, device, dtype)
         teacher = UNet.from_pretrained(args.teacher, device=device, dtype=dtype)
         model.check(teacher, args.teacher, student=False).requires_grad_(False)
+        teacher.checkpointing = args.grad_checkpoint  # an anchor's gradient passes through it
         reward = None
         if args.reward != "none":
             reward = load_reward(
@@ -347,13 +348,13 @@ class Pass(torch.nn.Module):
         self.networks, self.solver, self.args = networks, solver, args
 
     def forward(self, batch, with_reward=True):
-        n, reward, latent_rm, discriminator = self.networks, None, None, None
+        n, reward, latent_rm = self.networks, None, None
         if with_reward:
-            reward, latent_rm, discriminator = n.reward, n.latent_rm, n.discriminator
+            reward, latent_rm = n.reward, n.latent_rm
         with cli.autocast(n.model.device, n.model.dtype):
             return distillation_loss(n.model, n.teacher, n.student, n.target, reward,
                                      self.solver, batch, self.args, latent_rm,
-                                     averages=n.averages, discriminator=discriminator)
+                                     averages=n.averages, discriminator=n.discriminator)
 
 
 def add_gradients(one_pass, tensors, captions, draws, args, with_reward=True):
@@ -374,7 +375,8 @@ def add_gradients(one_pass, tensors, captions, draws, args, with_reward=True):
 
 
 def lcd_gradient(one_pass, optimizer, tensors, captions, draws, args, world):
-    """The gradient of L_LCD alone: what it lacks of the whole is the reward's (and an anchor's)."""
+    """The gradient without the reward's, which is what it lacks of the whole: of L_LCD (and of an
+    anchor)."""
     add_gradients(one_pass, tensors, captions, draws, args, with_reward=False)
     gradient = [p.grad.clone() for p in optimizer.param_groups[0]["params"]]
     if not args.shard:
@@ -451,13 +453,14 @@ def check_latents(args, shards, latent_rm, shape):
 
 def means_by_name(means, timesteps):
     """What log.jsonl shows of the means of all steps since the last line: numbers, under "lcd_at"
-    L_LCD by timestep, and under "reward_ratio" how long the reward's gradient to the student's
-    latents was for one of L_LCD."""
+    L_LCD by timestep, and under "reward_ratio" and "anchor_ratio" how long their gradients to the
+    student's latents were for one of L_LCD."""
     sums, counts = means.pop("lcd_at").tolist()
-    lcd, reward = means.pop("latent_grad").tolist()
+    lcd, *others = means.pop("latent_grad").tolist()
     line = {name: value.item() for name, value in means.items()}
-    if lcd > 0 and reward > 0:
-        line["reward_ratio"] = (reward / lcd) ** 0.5
+    for name, square in zip(("reward_ratio", "anchor_ratio"), others):
+        if lcd > 0 and square > 0:
+            line[name] = (square / lcd) ** 0.5
     points = zip(timesteps, sums, counts)
     line["lcd_at"] = {str(t): total / count for t, total, count in points if count > 0}
     return line

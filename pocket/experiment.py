@@ -16,7 +16,7 @@
 For each seed, students are distilled without reward, and by each path (PATHS) at several reward
 scales, long and at a constant rate. They are measured on the way, so that each path has a curve
 over the *amount of optimisation*, scale x steps. A path is told by what it reaches at its best, and
-by how far it falls when it is pushed four times as far: to compare paths at equal reward would
+by how far it falls at four times the scale: to compare paths at equal reward would
 punish the one that does not exploit it. All is told as the difference to plain distillation as long
 and of the same seed, which sees the same pictures and noise. Each seed's best is where the *other*
 seeds have theirs, so that it is not chosen for its own luck. Every step's gradient is shortened to
@@ -46,6 +46,8 @@ The measures, on 2-step pictures of the held-out prompts with the same noise for
                      picture, in units of 1/255
     follows          the share of pairs that the proxy ranked as the expert did, in the steps since
                      the last look
+    generated        the share of pairs in which the expert preferred a generated picture to the
+                     real one, in the same steps
 """
 import contextlib
 import dataclasses
@@ -63,6 +65,7 @@ import tarfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -111,11 +114,12 @@ PATHS = {
     "at-24": ["--reward-resolution", 24],
     "jitter": ["--reward-jitter", 0.05],
     "weight-noise": ["--reward-weight-noise", 0.05],
-    "pull": ["--teacher-pull", 0.01],
+    "pull": ["--teacher-pull", 1],
     "anchor": ["--anchor", 0.1],
 }
+SHARES = "follows", "generated"  # of pairs: what plain distillation has none of
 KEYS = ("expert", "third", "judge", "distance", "recall", "diversity", "high frequency",
-        "roughness", "follows")
+        "roughness", *SHARES)
 
 
 @dataclass
@@ -277,11 +281,11 @@ def settings(args):
 
 
 def follows(folder, after, until):
-    """The proxy's agreement with the expert in the log's lines of these steps, if it has one."""
+    """The SHARES in the log's lines of these steps, if the run has a proxy."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    shares = [line["rm_accuracy"] for line in lines
-              if after < line["step"] <= until and "rm_accuracy" in line]
-    return {"follows": sum(shares) / len(shares)} if shares else {}
+    lines = [line for line in lines if after < line["step"] <= until and "rm_accuracy" in line]
+    names = {"follows": "rm_accuracy", "generated": "expert/prefers_generated"} if lines else {}
+    return {key: mean(lines, name) for key, name in names.items()}
 
 
 def kept(file, key, make):
@@ -419,22 +423,30 @@ def fingerprint(*networks):
 
 # ---------------------------------------------------------------- report
 
+class Point(NamedTuple):
+    """A reward scale, a number of steps, and the measures of each seed there."""
+    scale: float
+    step: int
+    rows: list
+
+    @property
+    def amount(self):
+        return self.scale * self.step
+
+
 def curve(results, path):
-    """results: {name: {"path", "scale", "seeds": [{step: measures}]}} -> a path's points [(amount,
-    step, measures of each seed)] from the least amount, scale x step, to the greatest; of an amount
-    that is reached in several ways the one with the most steps. The measures are differences to
-    plain distillation as long, but "follows"; those of plain are as they are."""
-    plain, points = results["plain"]["seeds"], {}
+    """results: {name: {"path", "scale", "seeds": [{step: measures}]}} -> a path's Points, from the
+    least amount of optimisation to the greatest. The measures are differences to plain distillation
+    as long, but "follows" and "generated"; those of plain are as they are."""
+    plain, points = results["plain"]["seeds"], []
     for found in results.values():
         if found["path"] == path:
             for step in found["seeds"][0]:
                 rows = [seed[step] for seed in found["seeds"]]
                 if path != "plain":
                     rows = [less(row, bare[step]) for row, bare in zip(rows, plain)]
-                amount = found["scale"] * step if path != "plain" else step
-                if step >= points.get(amount, (0, 0))[1]:
-                    points[amount] = amount, step, rows
-    return [points[amount] for amount in sorted(points)]
+                points.append(Point(found["scale"], step, rows))
+    return sorted(points, key=lambda point: (point.amount, point.step))
 
 
 def curves(results):
@@ -452,28 +464,43 @@ def mean(rows, key):
 
 
 def at_best(points):
-    """What a path reaches. points: its curve -> for each seed a point (amount, step), the measures
-    of the seed there, and what the judge's score changes by at the first amount that is at least
-    four times as large, or None if none was tried. The point is the one that the judge likes best
-    in the mean over the other seeds."""
-    seeds, found = range(len(points[0][2])), []
+    """What a path reaches. points: its curve -> for each seed a Point, the measures of the seed
+    there, and what the judge's score changes by after as many steps at the least scale that is four
+    times as large or more, or None if none was tried. The Point is the one that the judge likes
+    best in the mean over the other seeds."""
+    seeds, found = range(len(points[0].rows)), []
     for seed in seeds:
         others = [other for other in seeds if other != seed] or [seed]
-        amount, step, rows = max(
-            points, key=lambda point: mean([point[2][other] for other in others], "judge"))
-        further = [rows for beyond, _, rows in points if beyond >= 4 * amount]
-        change = further[0][seed]["judge"] - rows[seed]["judge"] if further else None
-        found.append(((amount, step), rows[seed], change))
+        best = max(points,
+                   key=lambda point: mean([point.rows[other] for other in others], "judge"))
+        further = [point.rows[seed]["judge"] - best.rows[seed]["judge"] for point in points
+                   if point.step == best.step and point.scale >= 4 * best.scale]
+        found.append((best, best.rows[seed], further[0] if further else None))
     return found
 
 
+# Student's t at 97.5%, for 2 values and more
+T = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262
+
+
 def cell(values, sign=""):
-    """Mean ± standard deviation of a list of numbers; of one the number, of none nothing."""
+    """Mean ± standard deviation of a list of numbers; of one the number, of none nothing. sign: "+"
+    of differences, which get a star if 0 is outside the 95% interval of their mean."""
     values = torch.tensor(values, dtype=torch.float64)
-    if not len(values):
+    n = len(values)
+    if n == 0:
         return ""
-    spread = f" ± {values.std():.3f}" if len(values) > 1 else ""
-    return f"{values.mean():{sign}.3f}" + spread
+    text = f"{values.mean():{sign}.3f}"
+    if n > 1:
+        half = T[min(n, len(T) + 1) - 2] * values.std() / n**0.5
+        text += f" ± {values.std():.3f}" + "*" * bool(sign and values.mean().abs() > half)
+    return text
+
+
+def cells(rows, keys, sign=""):
+    """A cell for each of the keys, over rows of measures that may lack some."""
+    return [cell([row[key] for row in rows if key in row], "" if key in SHARES else sign)
+            for key in keys]
 
 
 def table(rows, head):
@@ -484,28 +511,24 @@ def table(rows, head):
 
 def report(references, results):
     """references: {name: measures} -> the tables, mean ± standard deviation over seeds."""
-    plain = curve(results, "plain")
     points = curves(results)
-    measured = {key for some in points.values() for _, _, rows in some for key in rows[0]}
+    measured = {key for some in points.values() for point in some for key in point.rows[0]}
     keys = [key for key in KEYS if key in measured]
-    body = [[name, *(cell([row[key]] if key in row else []) for key in keys)]
-            for name, row in references.items()]
-    body += [[f"plain, {step} steps", *(cell([row[key] for row in rows if key in row])
-                                        for key in keys)] for _, step, rows in plain]
+    body = [[name, *cells([row], keys)] for name, row in references.items()]
+    body += [[f"plain, {point.step} steps", *cells(point.rows, keys)]
+             for point in curve(results, "plain")]
     lines = [*table(body, keys), "", "Less plain distillation as long:", ""]
-    body = [[path, f"{amount:g}", str(step), *(cell([row[key] for row in rows if key in row], "+")
-                                               for key in keys)]
-            for path, some in points.items() for amount, step, rows in some]
+    body = [[path, f"{point.amount:g}", str(point.step), *cells(point.rows, keys, "+")]
+            for path, some in points.items() for point in some]
     lines += [*table(body, ["scale x steps", "steps", *keys]), "",
-              "At the judge's best; and what the judge's score changes by when pushed four times "
-              "as far (for how many seeds):", ""]
+              "At the judge's best; and what the judge's score changes by after as many steps at "
+              "four times the scale or more (for how many seeds):", ""]
     body = []
     for path, some in points.items():
         places, rows, changes = zip(*at_best(some))
         changes = [change for change in changes if change is not None]
-        body.append([path, " ".join(f"{amount:g}" for amount, _ in places),
-                     *(cell([row[key] for row in rows if key in row], "+") for key in keys),
-                     f"{cell(changes, '+')} ({len(changes)})"])
+        body.append([path, " ".join(f"{point.amount:g}" for point in places),
+                     *cells(rows, keys, "+"), f"{cell(changes, '+')} ({len(changes)})"])
     return "\n".join([*lines, *table(body, ["scale x steps", *keys, "pushed on"])])
 
 
@@ -516,20 +539,21 @@ def draw_curves(results, file):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     points = curves(results)
-    measured = next(iter(points.values()))[0][2][0]
+    measured = next(iter(points.values()))[0].rows[0]
     keys = [key for key in ("judge", "third", "expert", "distance") if key in measured]
     figure, axes = plt.subplots(1, len(keys), figsize=(3.4 * len(keys), 3.2), squeeze=False)
     for axis, key in zip(axes[0], keys):
         axis.axhline(0, color="0.6", linewidth=1)
         for number, (path, some) in enumerate(points.items()):
-            scales = sorted({amount / step for amount, step, _ in some})
+            scales = sorted({point.scale for point in some})
             for scale in scales:
-                amounts, _, rows = zip(*(one for one in some if one[0] / one[1] == scale))
+                line = [point for point in some if point.scale == scale]
                 # [points, seeds]
-                values = torch.tensor([[row[key] for row in seeds] for seeds in rows])
+                values = torch.tensor([[row[key] for row in point.rows] for point in line])
                 spread = values.std(dim=1) if values.shape[1] > 1 else torch.zeros(len(values))
-                axis.errorbar(amounts, values.mean(dim=1), spread, color=f"C{number}", marker=".",
-                              capsize=2, label=path if scale == scales[0] else None)
+                axis.errorbar([point.amount for point in line], values.mean(dim=1), spread,
+                              color=f"C{number}", marker=".", capsize=2,
+                              label=path if scale == scales[0] else None)
         axis.set(title=f"{key}, less plain's", xlabel="reward scale x steps", xscale="log")
     axes[0][0].legend(fontsize=7)
     figure.tight_layout()

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-SCORES = 2 ** 22  # of attention at a time: 8 MB. Half and twice as many are as fast
+# of attention at a time: 8 MB of scores (half and twice as many are as fast), of so many queries of
+# a head or more
+SCORES, ROWS = 2 ** 22, 128
 
 
 def attention(q, k, v, upcast=False):
@@ -26,20 +28,30 @@ def attention(q, k, v, upcast=False):
     if (q.device.type != "cpu" or q.dtype != torch.bfloat16 or wanted or is_traced()
             or has_matrix_units()):
         return F.scaled_dot_product_attention(q, k, v)
-    shape, scale = q.shape, q.shape[-1] ** -0.5
-    q, k, v = (x.flatten(0, 1).contiguous() for x in (q, k, v))  # [B * heads, L, d]
-    keys, out = k.transpose(1, 2), torch.empty_like(q)
+    shape = q.shape[:2]
+    q, k, v = (x.flatten(0, 1).contiguous() for x in (q, k, v))
+    out, heads = torch.empty_like(q), max(1, SCORES // (ROWS * k.shape[1]))
+    for part in zip(*(x.split(heads) for x in (q, k, v, out))):
+        sliced(*part)
+    return out.unflatten(0, shape)
+
+
+def sliced(q, k, v, out):
+    """The same of [N, L, d] and two of [N, M, d], written into `out`, by plain products: a slice of
+    the queries at a time, which has SCORES scores.
+
+    Rounded to bfloat16, a score of 30 is wrong by up to 0.06 and its share by 6%. But shares stay
+    as they are when a number is taken off all scores of a row. With about the greatest taken off
+    before they are rounded, those that count are small, and their shares nearly as good as those of
+    float32 scores. The greatest is looked for among every fourth key."""
+    keys, scale = k.transpose(1, 2), q.shape[-1] ** -0.5
     some = keys[:, :, ::4].contiguous()
     rows = max(1, SCORES // (keys.shape[0] * keys.shape[2]))
     for first in range(0, q.shape[1], rows):
         part = q[:, first:first + rows]
-        # Rounded to bfloat16, a score of 30 is wrong by up to 0.06 and its share by 6%. So about
-        # the greatest of its row is taken off each score before it is rounded: those that count
-        # are small then, and their shares nearly as good as those of float32 scores.
         greatest = torch.bmm(part, some).amax(dim=-1, keepdim=True)
         scores = torch.baddbmm(greatest, part, keys, beta=-scale, alpha=scale)
         out[:, first:first + rows] = torch.bmm(scores.softmax(dim=-1), v)
-    return out.unflatten(0, shape[:2])
 
 
 @functools.cache
@@ -64,9 +76,10 @@ def prepare_for_inference(network):
     at SD2.1's 16x16 and 8x8 pixels takes as long as the convolution. And let pictures be doubled by
     PackedUpsample. -> the network
 
-    The first call packs; a weight that has changed since is packed anew. Parameters, state_dict()
-    and saving stay as they are. Memory grows by the packed copy, little more than the weights.
-    Where a gradient is wanted, under autocast or torch.compile and on CUDA, nothing changes."""
+    The first call packs; a weight that has changed since is packed anew (but for changes of its
+    `.data`, which PyTorch does not count). Parameters, state_dict() and saving stay as they are.
+    Memory grows by the packed copy, little more than the weights. Where a gradient is wanted, under
+    autocast or torch.compile and on CUDA, nothing changes."""
     for module in network.modules():
         module.__class__ = PACKED.get(type(module), type(module))
     return network
@@ -85,6 +98,8 @@ class Packs:
                 or x.device.type != "cpu" or x.dtype != weight.dtype or is_traced()
                 or torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.is_available()
                 or weight.is_inference()):  # which does not count its changes
+            if x.device.type != "cpu":
+                self.packed = None  # moved there for good
             return None
         origin = weight.data_ptr(), weight._version, weight.dtype, weight.shape
         if self.packed is None or self.packed[0] != origin:
@@ -181,7 +196,9 @@ def compile_blocks(network, kinds, **options):
     """torch.compile of every module of these classes within the network, by itself: blocks of one
     class and shape share one compilation. SD2.1's UNet has 38 such blocks of 18 shapes."""
     import torch._dynamo  # takes a second
-    torch._dynamo.config.cache_size_limit = 64  # shapes of a class: PyTorch gives up at 8
+    # shapes of all these classes together, at which PyTorch gives up: 8 if nothing is said
+    torch._dynamo.config.cache_size_limit = 256
+    torch._dynamo.config.accumulated_cache_size_limit = 1024
     for module in network.modules():
         if isinstance(module, kinds):
             module.compile(dynamic=False, **options)

@@ -106,6 +106,17 @@ def test_what_runs_without_gradient_is_counted_in_full():
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_counts_among_the_products_whatever_kernel_it_takes(dtype):
+    """Two products of 2 * 3 * 64 * 48 * 16 multiplications and additions each."""
+    q, k, v = (torch.randn(2, 3, length, 16, dtype=dtype) for length in (64, 48, 48))
+    for wanted in (True, False):
+        with torch.set_grad_enabled(wanted):
+            found = bench.count_tflop(
+                lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v))
+        assert found["product"] == pytest.approx(2 * 2 * 2 * 3 * 64 * 48 * 16 / 1e12)
+
+
 def test_at_sd21_size_the_student_pays_2_percent_for_the_proxy_and_the_expert_three_decodes():
     """TFLOP per row, on the meta device. The fitting of the proxy is not free: at equal rows the
     whole path costs more than direct reward; with the default rows, and with those of README's

@@ -287,6 +287,27 @@ def test_a_lora_draws_what_sample_py_draws_with_it_and_its_run_is_gone_through(
     assert (pixels(first) == whole).all() and (pixels(png) != whole).any()
 
 
+def test_each_unet_is_loaded_once(config, monkeypatch):
+    loaded, load = [], demo.Pipeline.load_unet
+    monkeypatch.setattr(demo.Pipeline, "load_unet",
+                        lambda self, where, *more: loaded.append(where) or load(self, where, *more))
+    studio = demo.Studio(config)
+    for _ in range(2):
+        list(studio.draw("a red apple", 2, 3.0, 0, "32x32"))
+        list(studio.compare("a red apple", 3.0, 0, "32x32"))
+    assert loaded == [studio.student, config.second, config.model]
+
+
+def test_compare_draws_each_student_in_the_steps_that_it_allows(config, tmp_path):
+    """The grid of the second has 2 points, so 1 and 2 steps; the first's has more."""
+    from unet import UNet
+    UNet.from_pretrained(config.second, lcm_grid=2).save_pretrained(tmp_path / "two")
+    studio = demo.Studio(dataclasses.replace(config, second=str(tmp_path / "two")))
+    *_, last = studio.compare("a red apple", 3.0, 0, "32x32")
+    shown = [last.count(f"<b>{calls},") for calls in ("1 call", "2 calls", "4 calls", "8 calls")]
+    assert shown == [2, 2, 1, 1] and "100 calls," in last
+
+
 def test_four_seeds_are_four_pictures_each_as_if_drawn_alone(studio):
     four = drawn(studio, WORDS, 2, 3.0, 5, SIZE, 4)
     assert four == [drawn(studio, WORDS, 2, 3.0, seed, SIZE)[0] for seed in range(5, 9)]

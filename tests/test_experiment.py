@@ -53,22 +53,35 @@ RESULTS = {
 }
 
 
-def test_a_curve_is_less_plain_as_long_and_of_an_amount_shows_the_longest_run():
+def test_a_curve_is_less_plain_as_long_and_has_every_look():
     points = experiment.curve(RESULTS, "direct")
-    assert [(amount, step) for amount, step, _ in points] == [
-        (10, 10), (20, 20), (40, 20), (80, 20)]  # 40 is also 4 x 10, 20 also 2 x 10
-    assert [row["judge"] for row in points[1][2]] == pytest.approx([0.3, 0.2])
-    assert [row["expert"] for row in points[1][2]] == pytest.approx([0.6, 0.4])
+    assert [(point.amount, point.step) for point in points] == [
+        (10, 10), (20, 10), (20, 20), (40, 10), (40, 20), (80, 20)]
+    assert [row["judge"] for row in points[2].rows] == pytest.approx([0.3, 0.2])
+    assert [row["expert"] for row in points[2].rows] == pytest.approx([0.6, 0.4])
     plain = experiment.curve(RESULTS, "plain")
-    assert [(step, rows[0]["judge"]) for _, step, rows in plain] == [(10, 0.5), (20, 0.4)]
+    assert [(point.step, point.rows[0]["judge"]) for point in plain] == [(10, 0.5), (20, 0.4)]
 
 
-def test_a_seeds_best_is_chosen_by_the_other_seeds_and_then_pushed_on():
-    first, second = experiment.at_best(experiment.curve(RESULTS, "direct"))
-    assert first[0] == (40, 20)  # where the second seed is at its best, 0.3 over plain
-    assert first[1]["judge"] == pytest.approx(0.2) and first[2] is None  # 160 was not tried
-    assert second[0] == (20, 20)  # the first's best
-    assert second[1]["judge"] == pytest.approx(0.2) and second[2] == pytest.approx(-0.3)  # at 80
+def test_a_seeds_best_is_chosen_by_the_other_seeds_and_then_pushed_on_for_as_many_steps():
+    """By the second seed 2x is the best, 0.3 over plain after 10 and 20 steps; by the first 2x
+    after 10."""
+    results = RESULTS | {"direct 8x": run_of("direct", 8, {10: 0.4, 20: 0.1}, {10: 0.3, 20: 0.1})}
+    first, second = experiment.at_best(experiment.curve(results, "direct"))
+    assert (first[0].scale, first[0].step) == (second[0].scale, second[0].step) == (2, 10)
+    assert [first[1]["judge"], second[1]["judge"]] == pytest.approx([0.4, 0.3])
+    assert [first[2], second[2]] == pytest.approx([-0.5, -0.6])  # at 8x after 10, not at 4x or 20
+    assert experiment.at_best(experiment.curve(RESULTS, "direct"))[0][2] is None
+
+
+@pytest.mark.parametrize("values, text", [
+    ([], ""), ([0.5], "+0.500"), ([0.5, 0.5], "+0.500 ± 0.000*"), ([0.1, 0.2], "+0.150 ± 0.071"),
+    ([1.0, 1.5, 2.0], "+1.500 ± 0.500*"), ([0.7, 1.3, 1.9], "+1.300 ± 0.600"),
+    ([-1.0, -1.1] * 8, "-1.050 ± 0.052*")])
+def test_a_difference_has_a_star_where_its_95_percent_interval_leaves_0_out(values, text):
+    """Three values leave it out from 4.303 / sqrt(3) = 2.48 deviations on."""
+    assert experiment.cell(values, "+") == text
+    assert "*" not in experiment.cell(values)
 
 
 def test_the_report_has_every_point_and_what_each_path_reaches():
@@ -76,7 +89,9 @@ def test_the_report_has_every_point_and_what_each_path_reaches():
     assert "| teacher | 1.000 | 0.900 |" in lines
     assert "| plain, 10 steps | 1.100 ± 0.141 | 0.550 ± 0.071 |" in lines
     assert "| direct | 20 | 20 | +0.500 ± 0.141 | +0.250 ± 0.071 |" in lines
-    assert "| direct | 40 20 | +0.400 ± 0.000 | +0.200 ± 0.000 | -0.300 (1) |" in lines
+    assert "| direct | 20 | 10 | +0.700 ± 0.141 | +0.350 ± 0.071 |" in lines
+    (best,) = [line for line in lines if line.startswith("| direct | 20 20 |")]
+    assert best == "| direct | 20 20 | +0.700 ± 0.141 | +0.350 ± 0.071 |  (0) |"
     assert [line for line in lines if line.startswith("| proxy | 20 20 |")][0].endswith("|  (0) |")
 
 
@@ -308,9 +323,11 @@ def test_record_refuses_other_runs_and_lets_the_choice_of_runs_change(tmp_path):
 
 
 def test_follows_is_the_agreement_since_the_last_look(tmp_path):
-    lines = [{"step": i, "rm_accuracy": share} for i, share in enumerate((0.1, 0.2, 0.5, 0.7))]
+    lines = [{"step": i, "rm_accuracy": share, "expert/prefers_generated": 1 - share}
+             for i, share in enumerate((0.1, 0.2, 0.5, 0.7))]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert experiment.follows(tmp_path, 1, 3) == {"follows": pytest.approx(0.6)}
+    assert experiment.follows(tmp_path, 1, 3) == {
+        "follows": pytest.approx(0.6), "generated": pytest.approx(0.4)}
     assert experiment.follows(tmp_path, 3, 9) == {}
 
 

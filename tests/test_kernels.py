@@ -42,7 +42,8 @@ def pair():
 def test_bf16_attention_in_slices_is_off_float32_by_less_than_twice_what_pytorchs_is(
         queries, keys, width, spread, monkeypatch):
     monkeypatch.setattr(kernels, "has_matrix_units", lambda: False)
-    monkeypatch.setattr(kernels, "SCORES", 2 ** 18)  # several slices, the last one partial
+    monkeypatch.setattr(kernels, "SCORES", 2 ** 18)  # several slices, the last one partial,
+    monkeypatch.setattr(kernels, "ROWS", 2 ** 7)  # of 3 of the 6 heads or fewer
     q, k, v = (rand(2, 3, length, width, seed=i).bfloat16()
                for i, length in enumerate((queries, keys, keys)))
     q = q * spread
@@ -129,6 +130,19 @@ def test_what_is_traced_for_another_engine_changes_nothing_in_place():
     assert "silu_" not in str(traced.graph)
     x = rand(2, 3)
     assert kernels.silu(x) is x  # drawn, it does
+
+
+@torch.no_grad()
+def test_a_lora_goes_to_a_prepared_network_too(pair):
+    plain, prepared = pair
+    for unet in pair:
+        updates = LoRA.new(unet, rank=2)
+        for update in updates.layers:
+            torch.nn.init.constant_(update.B, 0.05)
+        updates.attach(unet)
+    before = new_unet()(*INPUTS)
+    agree(prepared(*INPUTS), plain(*INPUTS), 1e-5)
+    assert (prepared(*INPUTS) - before).abs().max() > 1e-3
 
 
 def test_attention_with_a_gradient_is_pytorchs(monkeypatch):

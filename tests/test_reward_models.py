@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import open_clip
@@ -530,6 +531,18 @@ def test_any_function_can_be_the_reward():
 def saturation(images, prompts):
     """Differentiable: the spread of the three colours of a pixel."""
     return images.std(dim=1).mean(dim=(1, 2))
+
+
+def test_two_files_of_one_kind_make_an_ensemble(model_folder, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(model_folder, other)
+    spec = f"pocket={model_folder}*0.5+pocket={other}*0.5"
+    images, prompts = torch.rand(2, 3, 32, 32), ["a red apple", "rocket"]
+    both, one = load_reward(spec, "cpu"), load_reward(f"pocket={model_folder}", "cpu")
+    agree(both(images, prompts), one(images, prompts), 1e-6)
+    assert [*both.parts(images, prompts)] == ["pocket", "pocket-2"]
+    with pytest.raises(InputError, match="stands there twice"):
+        load_reward(f"pocket={other}+pocket={other}", "cpu")
 
 
 def test_ones_own_differentiable_function_can_be_the_reward_alone_and_in_sums():
