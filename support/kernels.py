@@ -12,7 +12,7 @@ from torch import nn
 
 # of attention at a time: 8 MB of scores (half and twice as many are as fast), of so many queries of
 # a head or more
-SCORES, ROWS = 2 ** 22, 128
+SCORES, ROWS = 2 ** 22, 256
 
 
 def attention(q, k, v, upcast=False):

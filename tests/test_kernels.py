@@ -1,5 +1,6 @@
 """The CPU's faster ways give the same numbers, and change nothing else."""
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -272,6 +273,16 @@ def test_in_bf16_we_are_no_farther_from_float32_than_diffusers(tmp_path):
         errors.append([(out.float() - right).square().mean() for out in outs])
     mine, diffusers = torch.tensor(errors).mean(dim=0).sqrt()
     assert mine <= 1.1 * diffusers
+
+
+@pytest.mark.parametrize("device, options", [
+    ("cpu", {}), ("cuda", {"mode": "max-autotune", "dynamic": False})])
+def test_a_unet_that_draws_is_compiled_for_its_device(device, options):
+    seen = []
+    kernels.compile_for_drawing(SimpleNamespace(
+        parameters=lambda: iter([SimpleNamespace(device=torch.device(device))]),
+        compile=lambda **given: seen.append(given)))
+    assert seen == [options]
 
 
 class Count:
