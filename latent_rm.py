@@ -157,7 +157,7 @@ class LatentRM(nn.Module):
     def text_features(self, prompts):
         """B prompts -> unit vectors [B,D], float32. A prompt is cut at the tower's
         context_length."""
-        ids = self.tokenizer(prompts).to(self.logit_scale.device)
+        ids = self.tokenizer(prompts).to(self.logit_scale.device, non_blocking=True)
         return F.normalize(self.text(ids).float(), dim=-1)
 
     def forward(self, latents, prompts):

@@ -187,7 +187,7 @@ def draw_noise(shape, generator, device):
     if isinstance(generator, (list, tuple)):
         return torch.cat([draw_noise((1, *shape[1:]), g, device) for g in generator])
     own = generator.device if generator else device
-    return torch.randn(shape, generator=generator, device=own).to(device)
+    return torch.randn(shape, generator=generator, device=own).to(device, non_blocking=True)
 
 
 @torch.no_grad()
@@ -226,6 +226,7 @@ def sample_ddim(unet, schedule, latents, context, uncond_context, w, steps, prog
     if not 1 <= steps < len(schedule):
         raise InputError(f"{steps} DDIM steps; expected 1 to {len(schedule) - 1}")
     batch, device, skip = len(latents), latents.device, len(schedule) // steps
+    w = torch.as_tensor(w, dtype=torch.float32, device=device)
     z = latents.float()
     for t in progress(range(1, steps * skip + 1, skip)[::-1]):
         now = torch.full((batch,), t, device=device)

@@ -190,7 +190,8 @@ class ClipReward(Reward):
 
     def text_features(self, prompts):
         """B prompts -> unit vectors [B,D], at least float32."""
-        features = self.clip.encode_text(self.tokenize(prompts).to(self.clip.logit_scale.device))
+        ids = self.tokenize(prompts).to(self.clip.logit_scale.device, non_blocking=True)
+        features = self.clip.encode_text(ids)
         return F.normalize(at_least_float32(features), dim=-1)
 
     encode = text_features
@@ -294,7 +295,7 @@ class ImageReward(Reward):
 
     def encode(self, prompts):
         device = self.mlp.layers["0"].weight.device
-        return [t.to(device) for t in self.tokenize(prompts)]
+        return [t.to(device, non_blocking=True) for t in self.tokenize(prompts)]
 
     def score(self, images, text):
         ids, mask = text
