@@ -484,8 +484,8 @@ T = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262
 
 
 def cell(values, sign=""):
-    """Mean ± standard deviation of a list of numbers; of one the number, of none nothing. sign: "+"
-    of differences, which get a star if 0 is outside the 95% interval of their mean."""
+    """Mean ± standard deviation of a list of numbers; of one the number, of none nothing.
+    sign: "+" of differences, which get a star if 0 is outside the 95% interval of their mean."""
     values = torch.tensor(values, dtype=torch.float64)
     n = len(values)
     if n == 0:

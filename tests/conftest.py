@@ -189,6 +189,14 @@ def teacher_pipeline(folder, **scheduler):
     return pipe
 
 
+@pytest.fixture(autouse=True)
+def leave_matmul_precision():
+    """Scripts set it for their whole process, which here is that of other tests too."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     """vae/, text_encoder/, tokenizer/, unet/ (a teacher), student/, scheduler/, reward/ and

@@ -19,13 +19,6 @@ from support.scoring import Measured, Scorers
 from unet import UNet, UNetConfig
 
 
-@pytest.fixture(autouse=True)
-def leave_matmul_precision():
-    before = torch.get_float32_matmul_precision()
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
 @pytest.mark.parametrize("fields, kind", [
     ({}, "teacher"), ({"time_cond_proj_dim": 256, "lcm_grid": 10}, "student"),
     ({"lcm_grid": 10}, "student"), ({"time_cond_proj_dim": 256}, "student")])

@@ -19,13 +19,6 @@ from support.protocols import PROTOCOLS, STYLES
 from unet import UNet
 
 
-@pytest.fixture(autouse=True)
-def leave_matmul_precision():
-    before = torch.get_float32_matmul_precision()
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
 def picture(seed, size=(48, 48)):
     return Image.open(io.BytesIO(random_png(seed, size)))
 

@@ -35,13 +35,6 @@ from support.weights import WEIGHTS
 from unet import UNet
 
 
-@pytest.fixture(autouse=True)
-def leave_matmul_precision():
-    before = torch.get_float32_matmul_precision()
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
 def weights(out, name="unet"):
     return load_file(out / name / WEIGHTS)
 

@@ -13,13 +13,6 @@ from support.weights import WEIGHTS
 from unet import UNet
 
 
-@pytest.fixture(autouse=True)
-def leave_matmul_precision():
-    before = torch.get_float32_matmul_precision()
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
 @pytest.fixture
 def watching(model_folder, tmp_path):
     """Options of train.py that look at every second step."""
