@@ -39,7 +39,8 @@ over ours: above 1 we are faster.
                      and EMA parameter by parameter
 
 --sweep repeats the rows for several values of one option, each in a process of its own, and fits
-time and peak memory ~ value^exponent. The last line is one JSON document.
+time and peak memory ~ value^exponent. --sweep processes trains the pocket by train.py on as many
+processes, no more than there are GPUs or cores. The last line is one JSON document.
 """
 import dataclasses
 import functools
@@ -47,12 +48,15 @@ import gc
 import itertools
 import json
 import math
+import os
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -84,7 +88,8 @@ REWARD_ROWS = "reward_direct", "reward_latent", "reward_student"
 ROWS = ("unet", "vae_decode", "text_encode", "picture", "training_step", *REWARD_ROWS, "optimizer")
 PROMPT = "a photo of an astronaut riding a horse"
 PEERS = "diffusers", "openvino", "published"
-SWEEPS = {"batch": (1, 2, 4, 8), "resolution": (0.5, 1, 1.5, 2), "steps": (1, 2, 4, 8)}
+SWEEPS = {"batch": (1, 2, 4, 8), "resolution": (0.5, 1, 1.5, 2), "steps": (1, 2, 4, 8),
+          "processes": (1, 2, 4, 8)}
 
 
 @dataclass
@@ -100,7 +105,8 @@ class Config:
     against: str | None = option(
         None, f"time the same work done otherwise, between our calls: some of {','.join(PEERS)}")
     sweep: str | None = option(
-        None, "time the rows for several values of this option (resolution: times the default)",
+        None, "time the rows for several values of this option (resolution: times the default; "
+        "processes: of train.py on the pocket)",
         choices=tuple(SWEEPS))
     warmup: int = option(3, "calls before the clock starts")
     repeats: int = option(7, "calls timed")
@@ -634,36 +640,65 @@ def run_rows(args, device, dtype):
 # -------------------------------------------------------------------------------------- the sweep
 
 def sweep(args):
-    """Run this script once for each value of the option, and print what grows how. -> {row: {value:
-    {"median", "peak_gib"}, "exponents": {"median", "peak_gib"}}}"""
+    """Run the rows, or a training, once for each value of the option, and print what grows how.
+    -> {row: {value: {"median", ...}, "exponents": {"median", ...}}}"""
     normal = args.resolution or {"pocket": 64, "sd21": 512}[args.size]
     unit = normal if args.sweep == "resolution" else 1
-    values = [int(value * unit) for value in SWEEPS[args.sweep]]
+    most = torch.cuda.device_count() or cli.cores() if args.sweep == "processes" else math.inf
+    values = [int(value * unit) for value in SWEEPS[args.sweep] if value <= most]
+    of, found = training_of if args.sweep == "processes" else rows_of, {}
+    for value in values:
+        for name, point in of(args, value).items():
+            found.setdefault(name, {})[str(value)] = point
+            print(f"{name:14s} {args.sweep} {value:4d}", " ".join(
+                f"{key} {number:.4g}" for key, number in point.items()), flush=True)
+    for name, points in found.items():
+        x = np.log(values)
+        points["exponents"] = {
+            key: float(np.polyfit(x, np.log([points[str(value)][key] for value in values]), 1)[0])
+            for key in points[str(values[0])] if len(values) > 1}
+        print(f"{name:14s}", ", ".join(f"{key} ~ {args.sweep}^{exponent:.2f}"
+                                       for key, exponent in points["exponents"].items()))
+    return found
+
+
+def rows_of(args, value):
+    """This script with another value of the option -> {row: median seconds, peak memory in GiB}"""
     given = {name: value for name, value in vars(args).items()
              if value != getattr(Config, name) and name not in ("sweep", args.sweep)}
     argv = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
             for name, value in given.items()]
-    found = {}
-    for value in values:
-        command = [sys.executable, __file__, *argv, f"--{args.sweep}={value}"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        require(done.returncode == 0, f"{' '.join(command[1:])}: {done.stderr.strip()}")
-        document = json.loads(done.stdout.splitlines()[-1])
-        for name, row in document["rows"].items():
-            # on a CPU that of the process, loading included
-            point = {"median": row["median"], "peak_gib": row.get("peak_gib", document["peak_gib"])}
-            found.setdefault(name, {})[str(value)] = point
-            print(f"{name:14s} {args.sweep} {value:4d} {row['median']:9.4f} s  "
-                  f"{point['peak_gib']:.2f} GiB", flush=True)
-    for name, points in found.items():
-        exponents = {}
-        for key in ("median", "peak_gib"):
-            x, y = np.log(values), np.log([point[key] for point in points.values()])
-            exponents[key] = float(np.polyfit(x, y, 1)[0])
-        points["exponents"] = exponents
-        print(f"{name:14s} seconds ~ {args.sweep}^{exponents['median']:.2f}, "
-              f"memory ~ {args.sweep}^{exponents['peak_gib']:.2f}")
-    return found
+    done = run_script([__file__, *argv, f"--{args.sweep}={value}"])
+    document = json.loads(done.splitlines()[-1])
+    # on a CPU the memory is that of the process, loading included
+    return {name: {"median": row["median"], "peak_gib": row.get("peak_gib", document["peak_gib"])}
+            for name, row in document["rows"].items()}
+
+
+def training_of(args, processes):
+    """A training of the pocket (train.py) on so many processes, which share the machine's cores or
+    have a GPU each, --batch pictures each -> {"training": median seconds a step, pictures a
+    second}"""
+    with tempfile.TemporaryDirectory() as folder:
+        run_script([
+            "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+            train.__file__, f"--out={folder}/run", f"--batch-size={args.batch}",
+            f"--steps={args.warmup + args.repeats}", "--log-every=1", "--norms-every=0",
+            "--no-evaluate", f"--device={args.device}", f"--precision={args.precision}",
+            "--compile" if args.compile else "--no-compile"],
+            OMP_NUM_THREADS=str(max(1, cli.cores() // processes)))
+        lines = Path(folder, "run/log.jsonl").read_text().splitlines()[args.warmup:]
+    seconds = statistics.median(json.loads(line)["seconds_per_step"] for line in lines)
+    return {"training": {
+        "median": seconds, "pictures_per_second": processes * args.batch / seconds}}
+
+
+def run_script(argv, **environment):
+    """-> what it prints"""
+    done = subprocess.run([sys.executable, *argv], capture_output=True, text=True,
+                          env=os.environ | environment)
+    require(done.returncode == 0, f"{' '.join(argv)}: {done.stderr.strip()}")
+    return done.stdout
 
 
 def main():

@@ -15,9 +15,25 @@ from support.weights import load_component, save_component
 
 @dataclass(frozen=True)
 class DiscriminatorConfig:
-    channels: int = 4800  # of UNet.features
+    channels: int = 4800  # of teacher_features
     ignored: ClassVar = set()
     inert: ClassVar = {}
+
+
+def teacher_features(unet, latents, timesteps, context):
+    """What a UNet sees in its inputs (UNet.forward): the last map of each level of the down path,
+    averaged to the size of the middle, and the middle -> [B,C,h',w'] float32."""
+    middle, skips, *_ = unet.contract(latents, timesteps, context)
+    layers = unet.config.layers_per_block
+    ends = skips[layers::layers + 1]  # after conv_in, each level has its layers and a half-size
+    maps = [F.adaptive_avg_pool2d(x, middle.shape[-2:]) for x in ends]
+    return torch.cat([*maps, middle], dim=1).float()
+
+
+def feature_channels(unet):
+    """The C of teacher_features."""
+    widths = unet.config.block_out_channels
+    return sum(widths) + widths[-1]
 
 
 class Discriminator(nn.Module):
@@ -35,9 +51,8 @@ class Discriminator(nn.Module):
         """newest: the checkpoint to go on from, or None: a new one, the same for every process."""
         if newest:
             return load_component(cls, newest / "discriminator", "discriminator", device=device)
-        widths = teacher.config.block_out_channels
         torch.manual_seed(seed)
-        return cls(DiscriminatorConfig(sum(widths) + widths[-1])).to(device)
+        return cls(DiscriminatorConfig(feature_channels(teacher))).to(device)
 
     def save_pretrained(self, folder):
         save_component(self, folder, "Discriminator")
@@ -50,9 +65,9 @@ class Discriminator(nn.Module):
         # that; and with noise that no place shares with what its own prediction began with
         t = solver.timesteps[(u_s * len(solver.timesteps) % 1 * len(solver.timesteps)).long()]
         noised = lambda x: solver.schedule.add_noise(x, noise.flip(-1, -2), t)
-        fake = teacher.features(noised(latents), t, context)
+        fake = teacher_features(teacher, noised(latents), t, context)
         with torch.no_grad():
-            real = teacher.features(noised(z), t, context)
+            real = teacher_features(teacher, noised(z), t, context)
         frozen = {name: p.detach() for name, p in self.head.named_parameters()}
         loss = F.relu(1 + self.head(fake.detach())).mean() + F.relu(1 - self.head(real)).mean()
         return -functional_call(self.head, frozen, (fake,)).mean(), loss

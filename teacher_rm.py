@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from discriminator import feature_channels, teacher_features
 from latent_rm import LatentRM, LatentRMConfig, LatentViT
 from support.cli import require
 from support.weights import find_component, load_component, save_component
@@ -22,7 +23,7 @@ class TeacherRMConfig:
     latent_channels: int = 4
     latent_size: int = 64
     scaling_factor: float = 0.18215
-    channels: int = 4800  # of UNet.features,
+    channels: int = 4800  # of teacher_features,
     side: int = 8  # and of its maps
     text_width: int = 1024
     width: int = 512
@@ -57,13 +58,13 @@ class TeacherRM(LatentRM):
         """For a teacher and its Pipeline and latents of shape (C, s, s), the same on every process.
         sizes: as in latent_rm.SIZES, of which the head takes its own."""
         channels, side, _ = shape
-        widths, small = teacher.config.block_out_channels, side
-        for _ in widths[1:]:
+        small = side
+        for _ in teacher.config.block_out_channels[1:]:
             small = (small + 1) // 2  # a downsampling rounds up
         own = {key: sizes[key] for key in ("width", "heads", "embed_dim") if key in sizes}
         torch.manual_seed(seed)
         return cls(TeacherRMConfig(
-            channels, side, model.vae.config.scaling_factor, sum(widths) + widths[-1], small,
+            channels, side, model.vae.config.scaling_factor, feature_channels(teacher), small,
             model.text_encoder.dim, **own)).stand_on(teacher, model)
 
     @classmethod
@@ -76,9 +77,9 @@ class TeacherRM(LatentRM):
 
     def stand_on(self, teacher, model):
         """Read latents by this UNet, and words by this Pipeline's text encoder. -> self"""
-        config, widths = self.config, teacher.config.block_out_channels
+        config = self.config
         wanted = (config.channels, config.text_width)
-        found = (sum(widths) + widths[-1], model.text_encoder.dim)
+        found = (feature_channels(teacher), model.text_encoder.dim)
         require(wanted == found,
                 f"an LRM on features of {wanted[0]} channels and words of {wanted[1]}, the teacher "
                 f"gives {found[0]} and {found[1]}: was it pre-trained on another?")
@@ -100,7 +101,7 @@ class TeacherRM(LatentRM):
         with torch.no_grad():
             nothing = model.text_encoder([""]).expand(len(latents), -1, -1)
         # the levels' maps have sizes of their own: what is learnt begins with numbers of about 1
-        maps = F.group_norm(teacher.features(noisy, t, nothing), 1)
+        maps = F.group_norm(teacher_features(teacher, noisy, t, nothing), 1)
         return F.normalize(self.visual(maps).float(), dim=-1)
 
     def text_features(self, prompts):

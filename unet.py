@@ -328,13 +328,3 @@ class UNet(nn.Module):
         x = self.run(self.mid_block.attentions[0], x, context)
         x = self.run(self.mid_block.resnets[1], x, temb)
         return x, skips, temb, context
-
-    def features(self, latents, timesteps, context):
-        """What the UNet sees in its inputs, for a head on top: the last map of each level of the
-        down path, averaged to the size of the middle, and the middle -> [B, sum of the widths and
-        the last one again, h', w'] float32."""
-        middle, skips, *_ = self.contract(latents, timesteps, context)
-        layers = self.config.layers_per_block
-        ends = skips[layers::layers + 1]  # after conv_in, each level has its layers and a half-size
-        maps = [F.adaptive_avg_pool2d(x, middle.shape[-2:]) for x in ends]
-        return torch.cat([*maps, middle], dim=1).float()

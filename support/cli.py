@@ -225,6 +225,11 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
+def cores():
+    """The CPU's, that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def make_folder(path, name="--out"):
     """Create a folder for output, or say why that cannot be."""
     try:

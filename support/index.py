@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from support import remote
 from support.cache import cache_home, in_turn, short_hash
+from support.cli import cores
 from support.shards import CONTENTS, DamagedShard, is_loose, read_loose, read_tar
 from support.weights import InputError
 
@@ -152,8 +153,7 @@ def read_all(files, known_by):
     """{name: path} -> yields (name, what read() gives), as they come. Tars on a disk are shared
     out over processes; for remote ones threads are enough, which wait together."""
     far = any(map(remote.is_remote, files.values()))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(remote.AT_ONCE if far else cores, len(files))
+    workers = min(remote.AT_ONCE if far else cores(), len(files))
     jobs = [(name, file, *known_by[name]) for name, file in files.items()]
     if workers < 2 or sum(job[2] for job in jobs) <= SMALL and not far:
         for name, *job in jobs:

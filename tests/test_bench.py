@@ -1,5 +1,6 @@
 import json
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,6 +90,29 @@ def test_a_sweep_fits_how_time_grows(capsys, monkeypatch):
     assert found["exponents"]["median"] == pytest.approx(0.9)
     assert found["exponents"]["peak_gib"] == pytest.approx(0.5)
     assert list(found) == ["1", "2", "4", "8", "exponents"]
+
+
+def test_a_sweep_of_processes_trains_the_pocket_on_as_many_as_there_are_cores(capsys, monkeypatch):
+    def fake(command, env, **_):
+        processes = int(next(part for part in command if "nproc" in part).rpartition("=")[2])
+        assert command[5].endswith("train.py") and "--batch-size=8" in command
+        assert env["OMP_NUM_THREADS"] == str(4 // processes)
+        folder = Path(next(part for part in command if part.startswith("--out="))[6:])
+        folder.mkdir()
+        seconds = [9.0, 9.0, 9.0] + [0.5 * processes ** 0.25] * 7  # three of warm-up
+        folder.joinpath("log.jsonl").write_text(
+            "".join(json.dumps({"seconds_per_step": one}) + "\n" for one in seconds))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(bench.subprocess, "run", fake)
+    monkeypatch.setattr(bench.cli, "cores", lambda: 4)
+    monkeypatch.setattr(bench.torch.cuda, "device_count", lambda: 0)
+    assert call(bench.main, "--batch", 8, "--sweep", "processes") == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]["training"]
+    assert list(found) == ["1", "2", "4", "exponents"]
+    assert found["1"] == {"median": 0.5, "pictures_per_second": 16}
+    assert found["exponents"] == {"median": pytest.approx(0.25),
+                                  "pictures_per_second": pytest.approx(0.75)}
 
 
 def test_some_rows_can_be_chosen_and_unknown_ones_are_refused(capsys):

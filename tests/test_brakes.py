@@ -11,7 +11,7 @@ import brakes
 import train
 from conftest import agree, launch, lines_of, log, rand, randomize
 from data import Shards
-from discriminator import Discriminator
+from discriminator import Discriminator, teacher_features
 from latent_rm import preference_loss
 from lcm_solver import DDIMSolver
 from lora import W_PROJECTION, LoRA, sharing
@@ -415,7 +415,8 @@ def test_features_are_the_ends_of_the_levels_and_the_middle(model_folder):
                unet.down_blocks[2].resnets[-1], unet.mid_block.resnets[1])
     for module in modules:
         module.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    features = unet.features(rand(2, 4, 8, 8), torch.tensor([99, 299]), rand(2, 6, 32, seed=2))
+    features = teacher_features(
+        unet, rand(2, 4, 8, 8), torch.tensor([99, 299]), rand(2, 6, 32, seed=2))
     small = [F.avg_pool2d(x, x.shape[-1] // 2) for x in seen]
     assert len(small) == 4 and features.shape == (2, 16 + 32 + 32 + 32, 2, 2)
     agree(features, torch.cat(small, dim=1), 1e-5)
@@ -444,8 +445,8 @@ def test_the_anchors_two_losses_equal_the_hinge_written_out(anchored, monkeypatc
         share = u_s[i].item() * 50 - int(u_s[i].item() * 50)
         t = (int(share * 50) + 1) * 20 - 1
         c, n = model.text_encoder([captions[i]]), noise[i:i + 1].flip(3).flip(2)
-        fake, real = (judge.head(teacher.features(
-            ab[t]**0.5 * x + (1 - ab[t])**0.5 * n, torch.tensor([t]), c))
+        fake, real = (judge.head(teacher_features(
+            teacher, ab[t]**0.5 * x + (1 - ab[t])**0.5 * n, torch.tensor([t]), c))
             for x in (leaf[i:i + 1], z))
         pulls.append(-fake.mean())
         hinges.append((1 + fake).relu().mean() + (1 - real).relu().mean())

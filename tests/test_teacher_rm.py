@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import latent_rm as script
 from conftest import UNET, agree, call, launch, rand, randomize
+from discriminator import teacher_features
 from latent_rm import LatentRM, frozen
 from pipeline import Pipeline
 from support.weights import WEIGHTS, InputError
@@ -50,7 +51,7 @@ def test_what_it_sees_is_the_frozen_teachers_at_a_little_noise(latent_rm, stands
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     noisy = ab.sqrt() * 0.18215 * latents + (1 - ab).sqrt() * noise
     nothing = model.text_encoder([""]).expand(3, -1, -1)
-    maps = teacher.features(noisy, torch.tensor([49] * 3), nothing)
+    maps = teacher_features(teacher, noisy, torch.tensor([49] * 3), nothing)
     maps = (maps - maps.mean((1, 2, 3), True)) / maps.var((1, 2, 3), False, keepdim=True).sqrt()
     agree(latent_rm.image_features(latents), F.normalize(latent_rm.visual(maps), dim=-1), 1e-4)
     words = latent_rm.text(model.text_encoder(["moon", "a fish"]).mean(1))
