@@ -77,7 +77,12 @@ from pipeline import Pipeline
 from reward import ClipReward, load_reward, recompute_activations
 from support import cli, memory, optimizers, peers
 from support.cli import POCKET, at_least, option, parse, require, run
-from support.kernels import compile_blocks, compile_for_drawing, prepare_for_inference
+from support.kernels import (
+    compile_blocks,
+    compile_for_drawing,
+    fast_attention,
+    prepare_for_inference,
+)
 from support.tokenizer import built_in
 from support.weights import InputError
 from text_encoder import TextEncoder, TextTower
@@ -153,7 +158,7 @@ def reward_work(model, reward, latent_rm, z, prompts, settings):
 
     def run(loss):
         def call():
-            with cli.fast_attention(z.device):
+            with fast_attention(z.device):
                 with cli.autocast(z.device, model.dtype):
                     value = loss()
                 value.backward()
@@ -187,7 +192,7 @@ def training_work(args, model, unet, student, target, images, prompts, draws):
     optimizer = torch.optim.AdamW(weights, lr=1e-6, fused=True)  # as in train.py
 
     def training_step():
-        with cli.fast_attention(model.device):
+        with fast_attention(model.device):
             with cli.autocast(model.device, model.dtype):
                 loss, _ = train.distillation_loss(
                     model, unet, student, target, None, solver, (images, prompts, draws), settings)

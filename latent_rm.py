@@ -32,6 +32,7 @@ import data
 from support import cli, processes, runs
 from support.checkpoints import load_optimizer
 from support.cli import POCKET, at_least, option, parse, positive, require, run
+from support.kernels import fast_attention
 from support.reward_weights import open_clip_weights
 from support.tokenizer import Tokenizer, built_in
 from support.weights import (
@@ -471,7 +472,7 @@ def optimizer_step(towers, latent_rm, weights, optimizer, latents, captions, ste
     """One step of CLIP's loss on B latents [B,C,s,s] and their captions -> loss, gradient norm, or
     None: they are not finite, and nothing has changed."""
     optimizer.zero_grad(set_to_none=True)
-    with cli.fast_attention(latents.device):
+    with fast_attention(latents.device):
         image, text = towers(latents, captions)
         if world > 1:
             image, text = Gather.apply(image, rank, world), Gather.apply(text, rank, world)

@@ -39,7 +39,7 @@ from reward import Reward, load_reward
 from support import cli, flops, optimizers, processes, protocols, runs, watch
 from support.checkpoints import load_optimizer
 from support.cli import POCKET, parse, require, run
-from support.kernels import compile_blocks
+from support.kernels import compile_blocks, fast_attention
 from unet import ResnetBlock, Transformer, UNet
 
 W_DIM = 256  # width of the guidance embedding
@@ -366,7 +366,7 @@ def add_gradients(one_pass, tensors, captions, draws, args, with_reward=True):
         images = data.as_input(tensors[part].to(device, non_blocking=True))
         batch = images, captions[part], [draw[part] for draw in draws]
         waits = part.stop < len(captions) and isinstance(one_pass, DistributedDataParallel)
-        with one_pass.no_sync() if waits else contextlib.nullcontext(), cli.fast_attention(device):
+        with one_pass.no_sync() if waits else contextlib.nullcontext(), fast_attention(device):
             loss, stats = one_pass(batch, with_reward)
             (loss / args.grad_accum).backward()
         for key, value in stats.items():

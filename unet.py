@@ -151,8 +151,8 @@ class Transformer(nn.Module):
     def forward(self, x, context):
         h, w = x.shape[-2:]
         y = self.norm(x)  # [B, C, h, w]
-        if self.linear:
-            y = self.proj_in(y.flatten(2).transpose(1, 2))
+        if self.linear:  # a frozen layer multiplies strided rows by a copy of its weight each
+            y = self.proj_in(y.flatten(2).transpose(1, 2).contiguous())
         else:
             y = self.proj_in(y).flatten(2).transpose(1, 2)
         y = self.transformer_blocks[0](y, context)  # [B, h*w, C]

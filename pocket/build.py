@@ -59,7 +59,8 @@ from lcm_solver import NoiseSchedule
 from pipeline import Pipeline, labelled_grid, save_png
 from reward import PocketReward
 from support import processes
-from support.cli import autocast, fast_attention, pick_device, pick_precision, require, run
+from support.cli import autocast, pick_device, pick_precision, require, run
+from support.kernels import fast_attention
 from support.tokenizer import Tokenizer, write_tokenizer
 from support.weights import write_whole
 from text_encoder import TextConfig, TextEncoder, TextTower

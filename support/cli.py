@@ -14,7 +14,6 @@ import typing
 from pathlib import Path
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from support.weights import InputError
 
@@ -206,14 +205,6 @@ def autocast(device, dtype):
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype)
-
-
-def fast_attention(device):
-    """The context for training. On CPUs the fused attention's backward pass is the slowest part of
-    a small model (half of the pocket reward's step), and plain matrix products do the same in a
-    quarter of the time. On CUDA: PyTorch's own choice."""
-    on_cpu = torch.device(device).type == "cpu"
-    return sdpa_kernel(SDPBackend.MATH) if on_cpu else contextlib.nullcontext()
 
 
 def peak_memory(device):

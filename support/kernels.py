@@ -4,7 +4,9 @@ by block.
 
 What each buys stands in docs/speed.md.
 """
+import contextlib
 import functools
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +60,43 @@ def sliced(q, k, v, out):
 def has_matrix_units():
     """Intel's AMX: there PyTorch's kernel is 2 to 5 times as fast as slices (docs/speed.md)."""
     return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+
+
+@contextlib.contextmanager
+def fast_attention(device):
+    """The context for training. On a CPU attention that wants a gradient goes by plain matrix
+    products, whichever library asks for it: PyTorch's own kernels take two to three times as long,
+    there and back. And linear layers make what nn.MultiheadAttention has transposed contiguous:
+    else PyTorch multiplies each row by a copy of a frozen weight. Elsewhere nothing changes."""
+    if torch.device(device).type != "cpu":
+        yield
+        return
+    with mock.patch.multiple(F, scaled_dot_product_attention=attention_by_products,
+                             linear=linear_of_contiguous):
+        yield
+
+
+PYTORCHS_ATTENTION, PYTORCHS_LINEAR = F.scaled_dot_product_attention, F.linear
+
+
+def attention_by_products(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **others):
+    """F.scaled_dot_product_attention"""
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if not wanted or dropout_p or others or is_traced():
+        return PYTORCHS_ATTENTION(q, k, v, attn_mask, dropout_p, is_causal, **others)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # [B, heads, L, M]
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, float("-inf"))
+    elif attn_mask is not None:
+        scores = scores + attn_mask.to(scores.dtype)
+    return scores.softmax(dim=-1) @ v
+
+
+def linear_of_contiguous(input, weight, bias=None):
+    """F.linear"""
+    return PYTORCHS_LINEAR(input.contiguous(), weight, bias)
 
 
 def silu(x):
@@ -189,7 +228,20 @@ class PackedUpsample(Packs, Upsample):
         return out
 
 
-PACKED = {nn.Conv2d: PackedConv2d, nn.Linear: PackedLinear, Upsample: PackedUpsample}
+class PlanarGroupNorm(nn.GroupNorm):
+    """The layers above leave the channels of a pixel side by side. PyTorch's kernel then takes a
+    group pixel by pixel where there are fewer than 1,024 of them, and 5 to 29 times as long as with
+    whole planes if its share of a pixel does not fill a register."""
+
+    def forward(self, x):
+        few = self.num_channels // self.num_groups * x.element_size() < 32  # bytes
+        if few and x.device.type == "cpu" and x.shape[2:].numel() < 1024 and not is_traced():
+            x = x.contiguous()
+        return super().forward(x)
+
+
+PACKED = {nn.Conv2d: PackedConv2d, nn.Linear: PackedLinear, Upsample: PackedUpsample,
+          nn.GroupNorm: PlanarGroupNorm}
 
 
 def compile_blocks(network, kinds, **options):

@@ -5,11 +5,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import UNET, agree, agree_by_name, rand, randomize, same_weights
+import vae
+from conftest import UNET, VAE, agree, agree_by_name, rand, randomize, same_weights
 from lora import LoRA
 from support import kernels
-from support.kernels import PackedConv2d, attention, compile_blocks, prepare_for_inference
+from support.kernels import (
+    PackedConv2d,
+    attention,
+    compile_blocks,
+    fast_attention,
+    prepare_for_inference,
+)
 from unet import ResnetBlock, Transformer, UNet, UNetConfig
 
 INPUTS = rand(2, 4, 8, 8), torch.tensor([999, 19]), rand(2, 7, 32, seed=1)
@@ -155,6 +163,85 @@ def test_attention_with_a_gradient_is_pytorchs(monkeypatch):
     assert all(torch.equal(mine, x.grad) for mine, x in zip(ours, (q, k, v)))
 
 
+MASKS = {
+    "none": {}, "causal": {"is_causal": True}, "added": {"attn_mask": rand(5, 9, seed=7)},
+    "bool": {"attn_mask": torch.ones(5, 9, dtype=torch.bool).tril(3)},
+    "by head": {"attn_mask": rand(2, 3, 5, 9, seed=7)}}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_attention_in_training_and_its_gradient_are_pytorchs(mask):
+    inputs = [rand(2, 3, length, 8, seed=i).requires_grad_() for i, length in enumerate((5, 9, 9))]
+    way = rand(2, 3, 5, 8, seed=9)
+    theirs = F.scaled_dot_product_attention(*inputs, **MASKS[mask])
+    with fast_attention("cpu"):
+        assert F.scaled_dot_product_attention is not kernels.PYTORCHS_ATTENTION
+        ours = F.scaled_dot_product_attention(*inputs, **MASKS[mask])
+    agree(ours, theirs, 1e-5)
+    for mine, other in zip(torch.autograd.grad(ours, inputs, way),
+                           torch.autograd.grad(theirs, inputs, way)):
+        agree(mine, other, 1e-5)
+
+
+def test_it_leaves_cuda_dropout_and_what_wants_no_gradient_to_pytorch(monkeypatch):
+    q, asked = rand(1, 2, 5, 8), []
+    monkeypatch.setattr(kernels, "PYTORCHS_ATTENTION", lambda *given: asked.append(given) or q)
+    with fast_attention("cpu"):
+        F.scaled_dot_product_attention(q, q, q)
+        assert len(asked) == 1
+        F.scaled_dot_product_attention(q.requires_grad_(), q, q, dropout_p=0.5)
+        assert len(asked) == 2
+        F.scaled_dot_product_attention(q, q, q)
+        assert len(asked) == 2
+    before = F.scaled_dot_product_attention, F.linear
+    with fast_attention("cuda"):
+        assert (F.scaled_dot_product_attention, F.linear) == before
+    with pytest.raises(KeyError), fast_attention("cpu"):
+        raise KeyError
+    assert (F.scaled_dot_product_attention, F.linear) == before
+
+
+class Expanded(TorchDispatchMode):
+    """Notes the shapes of the weights that are multiplied as one copy for each row of a batch."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.weights = {p.data_ptr() for p in network.parameters() if p.ndim > 1}
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.expand.default and args[0].data_ptr() in self.weights:
+            self.seen.append(tuple(args[0].shape))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("make, inputs", [
+    (new_unet, INPUTS), (lambda: vae.VAE(vae.VAEConfig(**VAE)), [rand(2, 3, 32, 32)]),
+    (lambda: torch.nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True), [rand(4, 5, 16)])],
+    ids=["unet", "vae", "a library's tower"])
+def test_no_frozen_weight_is_copied_for_each_row(make, inputs):
+    """By which the default run's reward took three times as long."""
+    network = make().requires_grad_(False)
+    first, *others = inputs
+    call = network.posterior if hasattr(network, "posterior") else network
+    with fast_attention("cpu"), Expanded(network) as expanded:
+        call(first.clone().requires_grad_(), *others)
+    assert not expanded.seen
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype, channels, side, planar", [
+    (torch.bfloat16, 32, 8, True), (torch.bfloat16, 32, 32, False),
+    (torch.bfloat16, 64, 8, False), (torch.float32, 16, 8, True), (torch.float32, 32, 8, False)])
+def test_groups_of_few_channels_are_normed_plane_by_plane(dtype, channels, side, planar):
+    norm = randomize(torch.nn.GroupNorm(4, channels)).to(dtype)
+    x = rand(3, channels, side, side).to(dtype).contiguous(memory_format=torch.channels_last)
+    exact = norm.float()(x.float())
+    found = prepare_for_inference(norm.to(dtype))(x)
+    assert found.is_contiguous() == planar
+    agree(found.float(), exact, 1e-6 if dtype == torch.float32 else 1e-2)
+
+
 def test_a_prepared_network_gives_the_same_pictures_from_the_same_state(pair):
     plain, prepared = pair
     agree(prepared(*INPUTS), plain(*INPUTS), 1e-5)
@@ -254,7 +341,7 @@ def test_without_the_private_operators_the_plain_way_remains(monkeypatch, error)
     plain = new_unet()
     prepared = prepare_for_inference(copy.deepcopy(plain))
     for kind in kernels.PACKED.values():
-        monkeypatch.setattr(kind, "pack", gone)
+        monkeypatch.setattr(kind, "pack", gone, raising=False)
     assert torch.equal(prepared(*INPUTS), plain(*INPUTS))
 
 
