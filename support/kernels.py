@@ -229,13 +229,13 @@ class PackedUpsample(Packs, Upsample):
 
 
 class PlanarGroupNorm(nn.GroupNorm):
-    """The layers above leave the channels of a pixel side by side. PyTorch's kernel then takes a
-    group pixel by pixel where there are fewer than 1,024 of them, and 5 to 29 times as long as with
-    whole planes if its share of a pixel does not fill a register."""
+    """The layers above leave the channels of a pixel side by side. If there are fewer than 1,024
+    pixels, PyTorch's kernel takes a group pixel by pixel then; and what of its channels does not
+    fill a register of 16 bf16 numbers goes one by one. Whole planes take up to 14 times less."""
 
     def forward(self, x):
-        few = self.num_channels // self.num_groups * x.element_size() < 32  # bytes
-        if few and x.device.type == "cpu" and x.shape[2:].numel() < 1024 and not is_traced():
+        if (x.dtype == torch.bfloat16 and self.num_channels // self.num_groups % 16
+                and x.device.type == "cpu" and x.shape[2:].numel() < 1024 and not is_traced()):
             x = x.contiguous()
         return super().forward(x)
 
