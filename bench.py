@@ -649,11 +649,14 @@ def sweep(args):
     -> {row: {value: {"median", ...}, "exponents": {"median", ...}}}"""
     normal = args.resolution or {"pocket": 64, "sd21": 512}[args.size]
     unit = normal if args.sweep == "resolution" else 1
-    most = torch.cuda.device_count() or cli.cores() if args.sweep == "processes" else math.inf
-    values = [int(value * unit) for value in SWEEPS[args.sweep] if value <= most]
-    of, found = training_of if args.sweep == "processes" else rows_of, {}
+    values, measure_one = [int(value * unit) for value in SWEEPS[args.sweep]], rows_of
+    if args.sweep == "processes":
+        on_cuda = cli.pick_device(args.device).type == "cuda"
+        most = torch.cuda.device_count() if on_cuda else cli.cores()
+        values, measure_one = [value for value in values if value <= most], training_of
+    found = {}
     for value in values:
-        for name, point in of(args, value).items():
+        for name, point in measure_one(args, value).items():
             found.setdefault(name, {})[str(value)] = point
             print(f"{name:14s} {args.sweep} {value:4d}", " ".join(
                 f"{key} {number:.4g}" for key, number in point.items()), flush=True)
@@ -714,6 +717,13 @@ def main():
         return
     rows = ROWS if args.rows == "all" else several(args.rows, ROWS, "rows")
     against = several(args.against, PEERS, "against")
+    if args.sweep == "processes":
+        others = ("size", "rows", "resolution", "steps", "against", "grad_checkpoint")
+        given = [name for name in others if getattr(args, name) != getattr(Config, name)]
+        require(not given, f"--sweep processes trains the pocket by train.py: it takes no "
+                           f"--{', --'.join(given).replace('_', '-')}")
+        device = cli.pick_device(args.device)  # the same precision for each number of them
+        args.precision = cli.precision_name(cli.pick_precision(args.precision, device))
     if args.sweep:
         print(json.dumps({"sweep": args.sweep, "rows": sweep(args)}))
         return

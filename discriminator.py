@@ -21,8 +21,8 @@ class DiscriminatorConfig:
 
 
 def teacher_features(unet, latents, timesteps, context):
-    """What a UNet sees in its inputs (UNet.forward): the last map of each level of the down path,
-    averaged to the size of the middle, and the middle -> [B,C,h',w'] float32."""
+    """What a UNet sees in its inputs (as of UNet.forward): the last map of each level of the down
+    path, averaged to the size of the middle, and the middle -> [B,C,h',w'] float32."""
     middle, skips, *_ = unet.contract(latents, timesteps, context)
     layers = unet.config.layers_per_block
     ends = skips[layers::layers + 1]  # after conv_in, each level has its layers and a half-size

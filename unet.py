@@ -151,7 +151,7 @@ class Transformer(nn.Module):
     def forward(self, x, context):
         h, w = x.shape[-2:]
         y = self.norm(x)  # [B, C, h, w]
-        if self.linear:  # a frozen layer multiplies strided rows by a copy of its weight each
+        if self.linear:  # contiguous: see kernels.fast_attention
             y = self.proj_in(y.flatten(2).transpose(1, 2).contiguous())
         else:
             y = self.proj_in(y).flatten(2).transpose(1, 2)

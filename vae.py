@@ -64,7 +64,8 @@ class Attention(nn.Module):
 
     def forward(self, x):
         b, c, h, w = x.shape
-        y = self.group_norm(x).flatten(2).transpose(1, 2).contiguous()  # [B, h*w, C]
+        # [B, h*w, C]; contiguous: see kernels.fast_attention
+        y = self.group_norm(x).flatten(2).transpose(1, 2).contiguous()
         q, k, v = (to(y).unsqueeze(1) for to in (self.to_q, self.to_k, self.to_v))
         y = attention(q, k, v).squeeze(1)  # [B, 1, h*w, C] -> [B, h*w, C]
         return x + self.to_out[0](y).transpose(1, 2).reshape(b, c, h, w)

@@ -217,7 +217,7 @@ def peak_memory(device):
 
 
 def cores():
-    """The CPU's, that this process may use."""
+    """-> how many of the CPU's cores this process may use"""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 

@@ -1,6 +1,6 @@
-"""The same numbers sooner. On a CPU: attention in slices, weights laid out once for oneDNN, and
-upsampling by its four phases; on CUDA these leave everything to PyTorch. On both: compiling block
-by block.
+"""The same numbers sooner. On a CPU: attention by plain products, weights laid out once for oneDNN,
+upsampling by its four phases, small groups normed plane by plane; on CUDA these leave everything to
+PyTorch. On both: compiling block by block.
 
 What each buys stands in docs/speed.md.
 """
@@ -46,20 +46,29 @@ def sliced(q, k, v, out):
     as they are when a number is taken off all scores of a row. With about the greatest taken off
     before they are rounded, those that count are small, and their shares nearly as good as those of
     float32 scores. The greatest is looked for among every fourth key."""
-    keys, scale = k.transpose(1, 2), q.shape[-1] ** -0.5
+    keys = k.transpose(1, 2)
     some = keys[:, :, ::4].contiguous()
     rows = max(1, SCORES // (keys.shape[0] * keys.shape[2]))
     for first in range(0, q.shape[1], rows):
-        part = q[:, first:first + rows]
-        greatest = torch.bmm(part, some).amax(dim=-1, keepdim=True)
-        scores = torch.baddbmm(greatest, part, keys, beta=-scale, alpha=scale)
+        scores = centred_scores(q[:, first:first + rows], keys, some, q.shape[-1] ** -0.5)
         out[:, first:first + rows] = torch.bmm(scores.softmax(dim=-1), v)
+
+
+def centred_scores(q, keys, some, scale):
+    """[N, L, d] and [N, d, M] -> [N, L, M], less about the greatest of each row. some: a few of the
+    keys, among which it is looked for."""
+    with torch.no_grad():
+        greatest = torch.bmm(q, some).amax(dim=-1, keepdim=True)
+    return torch.baddbmm(greatest, q, keys, beta=-scale, alpha=scale)
 
 
 @functools.cache
 def has_matrix_units():
     """Intel's AMX: there PyTorch's kernel is 2 to 5 times as fast as slices (docs/speed.md)."""
     return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+
+
+PYTORCHS_ATTENTION, PYTORCHS_LINEAR = F.scaled_dot_product_attention, F.linear
 
 
 @contextlib.contextmanager
@@ -76,26 +85,34 @@ def fast_attention(device):
         yield
 
 
-PYTORCHS_ATTENTION, PYTORCHS_LINEAR = F.scaled_dot_product_attention, F.linear
-
-
-def attention_by_products(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **others):
-    """F.scaled_dot_product_attention"""
-    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if not wanted or dropout_p or others or is_traced():
-        return PYTORCHS_ATTENTION(q, k, v, attn_mask, dropout_p, is_causal, **others)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # [B, heads, L, M]
+def attention_by_products(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
+                          scale=None, enable_gqa=False):
+    """In the place of F.scaled_dot_product_attention."""
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    odd = (dropout_p or enable_gqa or is_causal and attn_mask is not None
+           or not query.shape[:-2] == key.shape[:-2] == value.shape[:-2])
+    if not wanted or odd or is_traced():
+        return PYTORCHS_ATTENTION(query, key, value, attn_mask, dropout_p, is_causal,
+                                  scale=scale, enable_gqa=enable_gqa)
+    batch = query.shape[:-2]
+    q, k, v = (x.reshape(-1, *x.shape[-2:]) for x in (query, key, value))
+    keys = k.transpose(1, 2)
+    scores = centred_scores(q, keys, keys[:, :, ::4], scale or q.shape[-1] ** -0.5)
     if is_causal:
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).tril()
+    if attn_mask is None:
+        return torch.bmm(scores.softmax(dim=-1), v).unflatten(0, batch)
+    scores = scores.unflatten(0, batch)
+    if attn_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attn_mask, float("-inf"))
-    elif attn_mask is not None:
+    else:
         scores = scores + attn_mask.to(scores.dtype)
-    return scores.softmax(dim=-1) @ v
+    # safe: a row that is masked throughout gives 0
+    return torch._safe_softmax(scores, -1).to(value.dtype) @ value
 
 
 def linear_of_contiguous(input, weight, bias=None):
-    """F.linear"""
+    """In the place of F.linear."""
     return PYTORCHS_LINEAR(input.contiguous(), weight, bias)
 
 
@@ -113,19 +130,20 @@ def prepare_for_inference(network):
     """Let the convolutions and linear layers of a frozen network keep their weights in oneDNN's
     layout too: PyTorch keeps only the plain one, and brings it into the other at every call, which
     at SD2.1's 16x16 and 8x8 pixels takes as long as the convolution. And let pictures be doubled by
-    PackedUpsample. -> the network
+    PackedUpsample and normed by PlanarGroupNorm. -> the network
 
     The first call packs; a weight that has changed since is packed anew (but for changes of its
     `.data`, which PyTorch does not count). Parameters, state_dict() and saving stay as they are.
     Memory grows by the packed copy, little more than the weights. Where a gradient is wanted, under
-    autocast or torch.compile and on CUDA, nothing changes."""
+    autocast or torch.compile and on CUDA, the plain weights are used."""
     for module in network.modules():
-        module.__class__ = PACKED.get(type(module), type(module))
+        module.__class__ = PREPARED.get(type(module), type(module))
     return network
 
 
 class Packs:
-    """What the layers below share. packed: (what it was made from, weights in oneDNN's layout)."""
+    """What layers that keep weights in oneDNN's layout share. packed: (what they were made from,
+    they)."""
     packed = None
 
     def packed_weight(self, x, layer=None):
@@ -234,13 +252,13 @@ class PlanarGroupNorm(nn.GroupNorm):
     fill a register of 16 bf16 numbers goes one by one. Whole planes take up to 14 times less."""
 
     def forward(self, x):
-        if (x.dtype == torch.bfloat16 and self.num_channels // self.num_groups % 16
-                and x.device.type == "cpu" and x.shape[2:].numel() < 1024 and not is_traced()):
+        if (not is_traced() and x.device.type == "cpu" and x.dtype == torch.bfloat16
+                and self.num_channels // self.num_groups % 16 and x.shape[2:].numel() < 1024):
             x = x.contiguous()
         return super().forward(x)
 
 
-PACKED = {nn.Conv2d: PackedConv2d, nn.Linear: PackedLinear, Upsample: PackedUpsample,
+PREPARED = {nn.Conv2d: PackedConv2d, nn.Linear: PackedLinear, Upsample: PackedUpsample,
           nn.GroupNorm: PlanarGroupNorm}
 
 

@@ -106,8 +106,10 @@ def test_a_sweep_of_processes_trains_the_pocket_on_as_many_as_there_are_cores(ca
 
     monkeypatch.setattr(bench.subprocess, "run", fake)
     monkeypatch.setattr(bench.cli, "cores", lambda: 4)
-    monkeypatch.setattr(bench.torch.cuda, "device_count", lambda: 0)
-    assert call(bench.main, "--batch", 8, "--sweep", "processes") == 0
+    sweep = ("--sweep", "processes", "--device", "cpu", "--batch", 8)
+    assert call(bench.main, *sweep, "--rows", "unet") == 2
+    assert "no --rows" in capsys.readouterr().err
+    assert call(bench.main, *sweep) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]["training"]
     assert list(found) == ["1", "2", "4", "exponents"]
     assert found["1"] == {"median": 0.5, "pictures_per_second": 16}
