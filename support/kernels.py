@@ -162,11 +162,16 @@ class Packs:
         if self.packed is None or self.packed[0] != origin:
             try:
                 made = self.pack(x)
-            except (AttributeError, RuntimeError):  # private operators may change
+                self.by_pack(x, made)  # once in vain: private operators may change
+            except (AttributeError, RuntimeError, TypeError):
                 made = None
             # the plain weight stays too, so that no other can come to lie at its address
             self.packed = origin, made, weight.detach()
         return self.packed[1]
+
+    def forward(self, x):
+        packed = self.packed_weight(x)
+        return super().forward(x) if packed is None else self.by_pack(x, packed)
 
     def __getstate__(self):  # a copy packs its own
         return {key: value for key, value in self.__dict__.items() if key != "packed"}
@@ -180,10 +185,7 @@ class PackedConv2d(Packs, nn.Conv2d):
         return torch.ops.mkldnn._reorder_convolution_weight(
             self.weight.detach(), *self.geometry(), list(x.shape))
 
-    def forward(self, x):
-        weight = self.packed_weight(x)
-        if weight is None:
-            return super().forward(x)
+    def by_pack(self, x, weight):
         return torch.ops.mkldnn._convolution_pointwise(
             x, weight, self.bias, *self.geometry(), "none", [], "")
 
@@ -193,10 +195,7 @@ class PackedLinear(Packs, nn.Linear):
         rows = x.numel() // x.shape[-1]
         return torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), rows)
 
-    def forward(self, x):
-        weight = self.packed_weight(x)
-        if weight is None:
-            return super().forward(x)
+    def by_pack(self, x, weight):
         return torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, "none", [], "")
 
 
@@ -232,11 +231,14 @@ class PackedUpsample(Packs, Upsample):
                 for half in halves(weight, 2) for part in halves(half, 3)]
 
     def forward(self, x, size=None):
-        height, width = x.shape[2:]
+        doubled = tuple(size or ()) in ((), (2 * x.shape[2], 2 * x.shape[3]))
         # another class of convolution adds a LoRA's update
-        packed = self.packed_weight(x, self.conv) if type(self.conv) is PackedConv2d else None
-        if packed is None or tuple(size or ()) not in ((), (2 * height, 2 * width)):
-            return super().forward(x, size)
+        packs = doubled and type(self.conv) is PackedConv2d
+        packed = self.packed_weight(x, self.conv) if packs else None
+        return Upsample.forward(self, x, size) if packed is None else self.by_pack(x, packed)
+
+    def by_pack(self, x, packed):
+        height, width = x.shape[2:]
         out = torch.empty(*x.shape[:2], 2 * height, 2 * width, dtype=x.dtype, device=x.device,
                           memory_format=torch.channels_last)  # as the parts have it
         for weight, (row, column) in zip(packed, ((0, 0), (0, 1), (1, 0), (1, 1))):
