@@ -2,7 +2,7 @@
 
     python train.py                                    # the pocket, on a laptop, in minutes
     python train.py --reward none --out runs/plain     # the same without reward: plain LCD
-    python train.py --lora 16 --out runs/lora          # low-rank updates of the teacher (lora.py)
+    python train.py --lora 16 --lr 1e-3 --out runs/lora   # low-rank updates (lora.py)
 
     # Stable Diffusion 2.1, the published recipe
     torchrun --nproc_per_node=8 train.py --preset sd21 --teacher MODEL --data 'cc12m/*.tar'

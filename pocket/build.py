@@ -15,7 +15,7 @@ On two cores or more, processes of one thread each train a network faster than o
 Stages, in this order. Each is resumable (the same command goes on where it stopped, on any number
 of processes), and each prints what it reached:
 
-    data       11,169 captioned 64x64 pictures by six artists (emoji.py) -> data/train-000.tar and
+    data       11,169 captioned 64x64 pictures in six styles (emoji.py) -> data/train-000.tar and
                three tars of held-out ones: heldout, validation, unseen (webdataset)
     tokenizer  the CLIP BPE cut to 4,096 entries
     vae        64x64x3 <-> 16x16x4

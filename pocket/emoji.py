@@ -1,4 +1,4 @@
-"""The pocket's pictures: the same words drawn by six artists, from seven npm packages.
+"""The pocket's pictures: the same words drawn in six styles, from seven npm packages.
 
 `read_families` renders them to captioned 64x64 pictures, `hold_out` draws the pairs of concept and
 style that no generator and no reward sees, `write_shards` puts them into webdataset tars. Used by
