@@ -146,9 +146,9 @@ class Packs:
     they)."""
     packed = None
 
-    def packed_weight(self, x, layer=None):
-        """What `pack` makes of the weight of the layer, which is this one if left out; or None: the
-        plain way is to be taken."""
+    def packed_output(self, x, layer=None):
+        """-> what `by_pack` gives with what `pack` makes of the weight of the layer, which is this
+        one if left out; or None: the plain way is to be taken."""
         layer = layer or self
         weight = layer.weight
         if (torch.is_grad_enabled() and any(p.requires_grad for p in (x, *layer.parameters()))
@@ -162,16 +162,17 @@ class Packs:
         if self.packed is None or self.packed[0] != origin:
             try:
                 made = self.pack(x)
-                self.by_pack(x, made)  # once in vain: private operators may change
-            except (AttributeError, RuntimeError, TypeError):
-                made = None
+                out = self.by_pack(x, made)
+            except (AttributeError, RuntimeError, TypeError):  # private operators may change
+                made = out = None
             # the plain weight stays too, so that no other can come to lie at its address
             self.packed = origin, made, weight.detach()
-        return self.packed[1]
+            return out
+        return None if self.packed[1] is None else self.by_pack(x, self.packed[1])
 
     def forward(self, x):
-        packed = self.packed_weight(x)
-        return super().forward(x) if packed is None else self.by_pack(x, packed)
+        out = self.packed_output(x)
+        return super().forward(x) if out is None else out
 
     def __getstate__(self):  # a copy packs its own
         return {key: value for key, value in self.__dict__.items() if key != "packed"}
@@ -234,8 +235,8 @@ class PackedUpsample(Packs, Upsample):
         doubled = tuple(size or ()) in ((), (2 * x.shape[2], 2 * x.shape[3]))
         # another class of convolution adds a LoRA's update
         packs = doubled and type(self.conv) is PackedConv2d
-        packed = self.packed_weight(x, self.conv) if packs else None
-        return Upsample.forward(self, x, size) if packed is None else self.by_pack(x, packed)
+        out = self.packed_output(x, self.conv) if packs else None
+        return Upsample.forward(self, x, size) if out is None else out
 
     def by_pack(self, x, packed):
         height, width = x.shape[2:]

@@ -845,8 +845,12 @@ def compare_precisions(fit, out, monkeypatch, model_folder, **options):
             out / f"bf16-{path}", steps=3, precision="bf16", reward=f"pocket={model_folder}",
             workers=1, grad_checkpoint=True, **more, **options) == 0
         keys = ("lcd", "rm_score", "rm_loss") if more else ("lcd", "reward")
+        # of near ties at a small temperature: off by 0.08 (rms over six seeds), with attention in
+        # float32 too
+        noise = {"rm_loss": 0.15}
         for a, b in zip(log(out / path, *keys), log(out / f"bf16-{path}", *keys), strict=True):
-            assert b == pytest.approx(a, rel=0.1, abs=0.01)
+            for key, exact, found in zip(keys, a, b):
+                assert found == pytest.approx(exact, rel=0.1, abs=noise.get(key, 0.01)), key
     model, teacher, student, target, reward, *_, latent_rm = seen[-1]
     networks = model.vae, model.text_encoder, teacher, reward, student, target, latent_rm
     dtypes = [next(network.parameters()).dtype for network in networks]
