@@ -651,8 +651,13 @@ def sweep(args):
     unit = normal if args.sweep == "resolution" else 1
     values, measure_one = [int(value * unit) for value in SWEEPS[args.sweep]], rows_of
     if args.sweep == "processes":
-        on_cuda = cli.pick_device(args.device).type == "cuda"
-        most = torch.cuda.device_count() if on_cuda else cli.cores()
+        others = ("size", "rows", "resolution", "steps", "against", "grad_checkpoint")
+        given = [name for name in others if getattr(args, name) != getattr(Config, name)]
+        require(not given, f"--sweep processes trains the pocket by train.py: it takes no "
+                           f"--{', --'.join(given).replace('_', '-')}")
+        device = cli.pick_device(args.device)  # the same precision for each number of them
+        args.precision = cli.precision_name(cli.pick_precision(args.precision, device))
+        most = torch.cuda.device_count() if device.type == "cuda" else cli.cores()
         values, measure_one = [value for value in values if value <= most], training_of
     found = {}
     for value in values:
@@ -717,13 +722,6 @@ def main():
         return
     rows = ROWS if args.rows == "all" else several(args.rows, ROWS, "rows")
     against = several(args.against, PEERS, "against")
-    if args.sweep == "processes":
-        others = ("size", "rows", "resolution", "steps", "against", "grad_checkpoint")
-        given = [name for name in others if getattr(args, name) != getattr(Config, name)]
-        require(not given, f"--sweep processes trains the pocket by train.py: it takes no "
-                           f"--{', --'.join(given).replace('_', '-')}")
-        device = cli.pick_device(args.device)  # the same precision for each number of them
-        args.precision = cli.precision_name(cli.pick_precision(args.precision, device))
     if args.sweep:
         print(json.dumps({"sweep": args.sweep, "rows": sweep(args)}))
         return
